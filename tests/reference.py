@@ -1,0 +1,195 @@
+"""Slow fp64 twins of the fast routines, written from the papers and from nothing else.
+
+Letters: `W`, `G = dL/dW` `(out, in)`; `A` `(r, in)`, `B` `(out, r)`; `s` the LoRA scaling; adapted weight `W + s B A`.
+Papers: LoRA-GA arXiv 2407.05000, LoRA-One arXiv 2502.01235, LoRA-Pro arXiv 2407.18242, AdamW arXiv 1711.05101.
+
+Every routine here loops over singular pairs, factors or steps, so that it can be read against its paper line by line.
+Nothing is imported from `lora_ga_trainer`: no mistake is shared by sharing a line.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def best_rank(G, k):  # G (out, in) -> (out, in)
+    """Return the best rank-`k` approximation of `G`: the sum of its `k` strongest rank-one terms (Eckart, Young 1936).
+
+    `k` may exceed `min(out, in)`; then the result is `G` itself, to rounding.
+    """
+    U, S, Vt = torch.linalg.svd(G.double(), full_matrices=False)
+    total = torch.zeros_like(G, dtype=torch.float64)
+    for i in range(min(k, len(S))):
+        total += S[i] * torch.outer(U[:, i], Vt[i])
+    return total
+
+
+def own_directions(direction, r, m):
+    """List the singular directions, counted from 0, that a named split gives to A alone and to B alone.
+
+    LoRA-GA, Theorem 3.1: `I_A`, `I_B` are disjoint, of size `r` each, and together `{1, ..., 2r}`; the theorem leaves
+    the choice free, Algorithm 1 takes `ArB2r`. When only `m < 2r` directions exist the same rule deals out those `m`,
+    so one or both lists come out shorter than `r`.
+    """
+    for_A, for_B = [], []
+    for i in range(min(2 * r, m)):
+        A_takes_it = {"ArB2r": i < r, "A2rBr": i >= r, "ArBr": i % 2 == 1}[direction]
+        (for_A if A_takes_it else for_B).append(i)
+    return for_A, for_B
+
+
+def split_directions(direction, r, m):
+    """Complete `own_directions` to the halves `I_A`, `I_B`, of size `min(r, m)` each.
+
+    A half that is short borrows the strongest directions of the other one. Which of them it borrows is free: the
+    first-step law only needs every direction to be somewhere and the shared ones to be scaled.
+    """
+    for_A, for_B = own_directions(direction, r, m)
+    size = min(r, m)
+    I_A = for_A + for_B[: size - len(for_A)]
+    I_B = for_B + for_A[: size - len(for_B)]
+    return sorted(I_A), sorted(I_B)
+
+
+def lora_ga_scale_reference(out_features, r, gamma, scale, s, W=None):
+    """Return `c`, the common length of the rows of A0 and the columns of B0.
+
+    `stable`: `d_out^(1/4) / sqrt(gamma)` (LoRA-GA, Algorithm 1, from the stability of Theorem 3.2). `unit`: 1.
+    `gd`: `1/s` (Theorem 3.1 with zeta = 1: the first step is a full gradient step of the same learning rate).
+    `weight_svd`: the mean of `sqrt(sigma_i(W) / s)` over the top r (the authors' code; not in the paper).
+    """
+    if scale == "stable":
+        return math.sqrt(math.sqrt(out_features)) / math.sqrt(gamma)
+    if scale == "unit":
+        return 1.0
+    if scale == "gd":
+        return 1.0 / s
+    if scale == "weight_svd":
+        roots = [math.sqrt(float(sigma) / s) for sigma in torch.linalg.svdvals(W.double())][:r]
+        return sum(roots) / len(roots)
+    raise KeyError(scale)
+
+
+def lora_ga_reference(G, r, gamma=16.0, direction="ArB2r", scale="stable", s=1.0, W=None):  # -> (out, r), (r, in)
+    """Return LoRA-GA's start `B0, A0`: scaled singular vectors of `G` (2407.05000, Theorem 3.1 and Algorithm 1).
+
+    Where `2r > m = min(out, in)` the halves overlap, and a shared direction is scaled by 1/sqrt 2 in both. Where
+    `r > m` the rows of A from `m` on, which the package draws at random, are zero here, as are those columns of B.
+    `W` is needed by `scale="weight_svd"`. Singular pairs are signed so that the largest entry of each `u` is positive.
+    """
+    out_features, in_features = G.shape
+    U, S, Vt = torch.linalg.svd(G.double(), full_matrices=False)
+    for i in range(len(S)):
+        largest = max(U[:, i].tolist(), key=abs)
+        if largest < 0:
+            U[:, i], Vt[i] = -U[:, i], -Vt[i]
+    c = lora_ga_scale_reference(out_features, r, gamma, scale, s, W)
+    I_A, I_B = split_directions(direction, r, len(S))
+    A0 = torch.zeros(r, in_features, dtype=torch.float64)
+    B0 = torch.zeros(out_features, r, dtype=torch.float64)
+    for row, i in enumerate(I_A):
+        A0[row] = (c / math.sqrt(2) if i in I_B else c) * Vt[i]
+    for column, i in enumerate(I_B):
+        B0[:, column] = (c / math.sqrt(2) if i in I_A else c) * U[:, i]
+    return B0, A0
+
+
+def lora_one_reference(G, r, gamma=128.0):  # -> (out, r), (r, in)
+    """Return LoRA-One's start `B0, A0`: one normalised gradient step, at rank r (2502.01235, Algorithm 1).
+
+    `U, S, V = SVD(-G)`; `S <- S / S[0]`; `A0 = sqrt(S_r) V_r^T / sqrt(gamma)`; `B0 = U_r sqrt(S_r) / sqrt(gamma)`.
+    Rows of A and columns of B past `min(out, in)` are left zero.
+    """
+    out_features, in_features = G.shape
+    U, S, Vt = torch.linalg.svd(-G.double(), full_matrices=False)
+    A0 = torch.zeros(r, in_features, dtype=torch.float64)
+    B0 = torch.zeros(out_features, r, dtype=torch.float64)
+    for i in range(min(r, len(S))):
+        root = math.sqrt(float(S[i] / S[0]) / gamma)
+        A0[i] = root * Vt[i]
+        B0[:, i] = root * U[:, i]
+    return B0, A0
+
+
+def lora_ga_offset_training(W, B0, A0, s, loss, n, lr=1e-3, betas=(0.9, 0.999), eps=1e-8):  # -> W_eff (out, in)
+    """Train LoRA-GA on a changed base and return the net weight after `n` steps.
+
+    The base becomes `W' = W - s B0 A0` (2407.05000, Algorithm 1), the adapter starts at `(B0, A0)`, and both factors
+    are moved by AdamW (1711.05101, Algorithm 2) with weight decay 0 and `eps` where torch puts it, added to the
+    corrected square root.
+
+    Args:
+        loss: takes the net weight `W' + s B A` (fp64, part of a graph), returns a scalar. Called once a step, in
+            order, so it may walk through batches.
+    """
+    W, B0, A0 = W.double(), B0.double(), A0.double()
+    base = W - s * B0 @ A0
+    factors = [B0.clone(), A0.clone()]
+    first = [torch.zeros_like(p) for p in factors]
+    second = [torch.zeros_like(p) for p in factors]
+    beta1, beta2 = betas
+    for t in range(1, n + 1):
+        B, A = (p.clone().requires_grad_(True) for p in factors)
+        gradients = torch.autograd.grad(loss(base + s * B @ A), [B, A])
+        for i, g in enumerate(gradients):
+            first[i] = beta1 * first[i] + (1 - beta1) * g
+            second[i] = beta2 * second[i] + (1 - beta2) * g * g
+            corrected_first = first[i] / (1 - beta1**t)
+            corrected_second = second[i] / (1 - beta2**t)
+            factors[i] = factors[i] - lr * corrected_first / (corrected_second.sqrt() + eps)
+    B, A = factors
+    return base + s * B @ A
+
+
+def projection_B(B):  # B (out, r) -> P_B (out, out)
+    """Return the orthogonal projection onto the column space of `B`, also when its columns are dependent or zero."""
+    return B.double() @ torch.linalg.pinv(B.double())
+
+
+def projection_A(A):  # A (r, in) -> P_A (in, in)
+    """Return the orthogonal projection onto the row space of `A`, also when its rows are dependent or zero."""
+    return torch.linalg.pinv(A.double()) @ A.double()
+
+
+def lora_pro_reference(A, B, G, s):  # A (r, in), B (out, r), G (out, in) -> (out, in)
+    """Return the equivalent gradient `s (B dA + dB A)` nearest to `G` (2407.18242, the problem of Theorem 2.1).
+
+    The theorem's closed form is not used. With row-major vec and x the Kronecker product,
+    `vec(B dA) = (B x I) vec(dA)` and `vec(dB A) = (I x A^T) vec(dB)`: one linear least-squares system.
+    Its `dA` and `dB` are not unique (that is the theorem's X), the gradient they make is.
+    """
+    A, B, G = A.double(), B.double(), G.double()
+    r, in_features = A.shape
+    out_features = B.shape[0]
+    of_dA = torch.kron(B, torch.eye(in_features, dtype=torch.float64))
+    of_dB = torch.kron(torch.eye(out_features, dtype=torch.float64), A.T.contiguous())
+    system = s * torch.cat([of_dA, of_dB], dim=1)
+    # The system never has full column rank, so the solver must be one that survives that: gelsd works by SVD.
+    solution = torch.linalg.lstsq(system, G.reshape(-1, 1), driver="gelsd").solution.reshape(-1)
+    dA = solution[: r * in_features].reshape(r, in_features)
+    dB = solution[r * in_features :].reshape(out_features, r)
+    return s * (B @ dA + dB @ A)
+
+
+def whole_sample_gradient(
+    model: torch.nn.Module, names: list[str], loss: Callable[[], Tensor]
+) -> dict[str, Tensor]:  # name -> (out, in), fp64
+    """
+    Compute `dL/dW` of the named weights by one `autograd.grad` of the loss of the whole sample.
+
+    `loss` must be the mean over all items of the sample, computed in a single forward pass of `model` (a plain model
+    without an adapter). Weights of `Conv1D` layers, stored as `(in, out)`, are returned transposed.
+    """
+    modules = dict(model.named_modules())
+    weights = [modules[name].weight for name in names]
+    for weight in weights:
+        weight.requires_grad_(True)
+    gradients = torch.autograd.grad(loss(), weights)
+    return {
+        name: (gradient.T if type(modules[name]).__name__ == "Conv1D" else gradient).double()
+        for name, gradient in zip(names, gradients, strict=True)
+    }
