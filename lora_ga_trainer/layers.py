@@ -1,0 +1,174 @@
+"""The only file that knows PEFT's insides: which layers carry LoRA, and their shapes, scales and factors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig, PeftModel, PeftType
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+
+@dataclass(frozen=True)
+class AdaptedLayer:
+    """One linear layer of the base model with the LoRA factors that PEFT put around it."""
+
+    name: str  # inside the base model, as `base_model.named_modules()` spells it
+    module: LoraLayer
+    adapter: str
+
+    @property
+    def base(self) -> nn.Module:
+        """The frozen layer: maps `x (..., in)` to `y (..., out)`."""
+        return self.module.get_base_layer()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(out, in)` of the gradient, whatever the storage of the weight (transposed, packed, sharded)."""
+        return self.module.out_features, self.module.in_features
+
+    @property
+    def rank(self) -> int:
+        """The rank PEFT knows: that of the stored factors."""
+        return self.module.r[self.adapter]
+
+    @property
+    def s(self) -> float:
+        """PEFT's `scaling`: the adapted weight is `W + s B A`."""
+        return self.module.scaling[self.adapter]
+
+    @property
+    def lora_A(self) -> nn.Linear:
+        return self.module.lora_A[self.adapter]
+
+    @property
+    def lora_B(self) -> nn.Linear:
+        return self.module.lora_B[self.adapter]
+
+    @property
+    def uses_dora(self) -> bool:
+        return self.adapter in self.module.lora_magnitude_vector
+
+    def dense_weight(self) -> Tensor:  # (out, in)
+        """Return `W` dequantised and in the orientation of `G`; a copy or a view, never to be written to."""
+        weight = dequantize_module_weight(self.base).detach()
+        return weight.T if isinstance(self.base, Conv1D) else weight
+
+    @torch.no_grad()
+    def dora_magnitude(self, delta: Tensor) -> Tensor:  # (out, in) -> (out,)
+        """Compute DoRA's magnitude `||W + delta||` of each output row (arXiv 2402.09353, equation 5)."""
+        weight = self.dense_weight().to(device=delta.device, dtype=delta.dtype)
+        return torch.linalg.vector_norm(weight + delta, dim=1)
+
+    @property
+    def dora_parameter(self) -> nn.Parameter:
+        return self.module.lora_magnitude_vector[self.adapter].weight
+
+
+def require_peft_model(model: nn.Module) -> PeftModel:
+    """
+    Return `model` if it carries a LoRA adapter of PEFT.
+
+    Raises:
+        `ValueError`: if it is not a `PeftModel` or its active adapter is of another type.
+    """
+    if not isinstance(model, PeftModel):
+        raise ValueError(
+            f"The model is a {type(model).__name__} without a PEFT adapter. Pass `peft_config=LoraConfig(...)` to the "
+            "trainer, or wrap the model with `peft.get_peft_model` first."
+        )
+    adapter = active_adapter(model)
+    config = model.peft_config[adapter]
+    if not isinstance(config, LoraConfig) or config.peft_type is not PeftType.LORA:
+        raise ValueError(
+            f"Adapter {adapter!r} is of type {config.peft_type}, not LoRA. A gradient-aligned start is defined for "
+            "`peft.LoraConfig`; use `LoRAGAConfig(init='none')` or transformers.Trainer for other adapters."
+        )
+    return model
+
+
+def active_adapter(model: PeftModel) -> str:
+    """Return the name of the one adapter that is active and would be trained."""
+    names = list(model.active_adapters)
+    if len(names) != 1:
+        raise ValueError(f"Adapters {names} are active at once. Choose one with `model.set_adapter(name)`.")
+    return names[0]
+
+
+def find_adapted_layers(model: PeftModel) -> list[AdaptedLayer]:
+    """
+    List the layers of the active adapter that are trained, in the model's order.
+
+    A module that is shared by several names is listed once.
+
+    Raises:
+        `ValueError`: if a layer is of a type whose gradient can't be read from its input and output, if the adapter is
+            merged into the base, or if no layer is trainable.
+    """
+    every = find_lora_layers(model)
+    layers = [layer for layer in every if layer.lora_A.weight.requires_grad or layer.lora_B.weight.requires_grad]
+    if not layers:
+        raise ValueError(
+            f"Adapter {active_adapter(model)!r} has no trainable LoRA layer ({len(every)} frozen). Load it with "
+            "`is_trainable=True`, or name layers of this model in `target_modules`."
+        )
+    for layer in layers:
+        if layer.module.merged:
+            raise ValueError(
+                f"Layer {layer.name}: the adapter is merged into the base weight. Call `model.unmerge_adapter()` "
+                "first."
+            )
+    return layers
+
+
+def find_lora_layers(model: PeftModel) -> list[AdaptedLayer]:
+    """
+    List the layers of the active adapter, trained or not, in the model's order.
+
+    Raises:
+        `ValueError`: if a layer is not a linear one.
+    """
+    adapter = active_adapter(model)
+    layers = []
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, BaseTunerLayer) and _carries(module, adapter):
+            _require_linear(name, module, adapter)
+            layers.append(AdaptedLayer(name, module, adapter))
+    return layers
+
+
+def _carries(module: BaseTunerLayer, adapter: str) -> bool:
+    return any(adapter in getattr(module, group, ()) for group in ("lora_A", "lora_embedding_A"))
+
+
+def _require_linear(name: str, module: BaseTunerLayer, adapter: str) -> None:
+    base = module.get_base_layer()
+    linear = isinstance(base, (nn.Linear, Conv1D)) and adapter in module.lora_A
+    if not linear or not isinstance(module.lora_A[adapter], nn.Linear):
+        raise ValueError(
+            f"Layer {name}: {type(module).__name__} adapts a {type(base).__name__}, whose weight gradient can't be "
+            "read from its input and output. Linear and Conv1D layers can; leave the others out of `target_modules`."
+        )
+
+
+def saved_modules(model: PeftModel) -> list[nn.Module]:
+    """List the trainable copies that `modules_to_save` made for the active adapter (a classification head, say)."""
+    adapter = active_adapter(model)
+    wrappers = (module for module in model.modules() if isinstance(module, ModulesToSaveWrapper))
+    return [wrapper.modules_to_save[adapter] for wrapper in wrappers if adapter in wrapper.modules_to_save]
+
+
+@torch.no_grad()
+def is_trained(layer: AdaptedLayer) -> bool:
+    """Tell whether the layer's adapter already moves the output: `B A != 0`, not merely `B != 0`."""
+    A, B = layer.lora_A.weight.double(), layer.lora_B.weight.double()
+    if layer.lora_B.bias is not None and layer.lora_B.bias.any():
+        return True
+    # A random vector in the null space of a nonzero B A has probability zero, and B (A v) needs no (out, in) buffer.
+    v = torch.randn(A.shape[1], generator=torch.Generator().manual_seed(0), dtype=A.dtype).to(A.device)
+    return bool((B @ (A @ v)).any())

@@ -1,0 +1,276 @@
+"""Run training samples through the model and collect the gradient of every adapted weight, leaving no trace."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .anchor import factor_rank
+from .borrow import borrowed, preserved_rng
+from .config import LoRAGAConfig
+from .engines import probed_module, sum_over_processes
+from .layers import AdaptedLayer
+from .samples import (
+    IGNORED_LABEL,
+    Piece,
+    count_items,
+    count_tokens,
+    mean_loss,
+    require_rewindable,
+    sample_pieces,
+)
+from .sketch import Estimator, make_estimators
+from .tap import tapped
+
+
+if TYPE_CHECKING:
+    from torch.utils.data import Dataset
+    from transformers import Trainer
+
+logger = logging.getLogger(__name__)
+
+# Loss scales tried in turn where gradients are fp16: the first that does not overflow wins.
+FP16_LOSS_SCALES = (2.0**16, 2.0**8, 1.0)
+_POISON_ADVICE = (
+    "No weight was changed. Look for empty or extreme examples in that batch, or train in bf16 or fp32 instead of "
+    "fp16."
+)
+
+
+class NonFiniteGradient(ValueError):
+    """A loss or a gradient of the probe is NaN or infinite."""
+
+
+@dataclass
+class GradientEstimate:
+    """
+    What the probe learned.
+
+    Args:
+        estimators: one per adapted layer, by name, holding `G = dL/dW (out, in)` of the item-weighted mean loss.
+        samples: examples used, over all processes.
+        items: what the loss is a mean over (label tokens, or examples), over all processes.
+        tokens: input tokens that passed through the model, over all processes.
+        loss: mean loss over all items; NaN for an estimate read from a file.
+        seconds: wall time of the probe.
+        bytes_sent: bytes that this process handed to all-reduces.
+        unreached: layers that the loss never reached.
+        first_batch: the inputs of the first pass of this process, for measuring the loss before and after the write.
+        first_loss: the mean loss over `first_batch`.
+    """
+
+    estimators: dict[str, Estimator]
+    samples: int = 0
+    items: float = 0.0
+    tokens: int = 0
+    loss: float = math.nan
+    seconds: float = 0.0
+    bytes_sent: int = 0
+    unreached: list[str] = field(default_factory=list)
+    first_batch: dict[str, Any] | None = None
+    first_loss: float = math.nan
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of probe state on this process, test matrices included once."""
+        tensors = {t.data_ptr(): t for e in self.estimators.values() for t in e.state().values()}
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def estimate_gradients(
+    trainer: Trainer,
+    config: LoRAGAConfig,
+    layers: Sequence[AdaptedLayer],
+    probe_dataset: Dataset | None = None,
+) -> GradientEstimate:
+    """
+    Estimate `G = dL/dW` of every layer over the first `config.num_samples` examples of the training data.
+
+    Batches come from the trainer's own train dataloader and the loss from its own `compute_loss`. Each micro-batch is
+    given its own item count (label tokens, or examples where labels are per example) and weighted by it, so `G` is the
+    gradient of the mean over all items of all processes, whatever the micro-batch size, the accumulation and the
+    number of processes. Sums are kept in fp32. Nothing of the trainer, the model or the data order changes.
+
+    Args:
+        trainer: a trainer whose model is prepared (any time after `on_train_begin`).
+        config: `num_samples`, `estimator`, `sketch_size`, `probe_seed` and `allow_unreached` are read.
+        layers: the layers to look at.
+        probe_dataset: examples to use instead of the trainer's `train_dataset`.
+
+    Raises:
+        `ValueError`: if the data is empty, has no labels, or is a stream that can't be rewound; if a layer is never
+            reached by the loss (unless `allow_unreached`).
+        `NonFiniteGradient`: naming the batch and the layer.
+    """
+    model = probed_module(trainer)
+    scales = FP16_LOSS_SCALES if _uses_fp16(trainer, layers) else (1.0,)
+    for scale in scales:
+        with borrowed(trainer, model, probe_dataset):
+            require_rewindable(trainer)
+            try:
+                return _Probe(trainer, model, config, layers, scale).run()
+            except NonFiniteGradient:
+                if scale == scales[-1]:
+                    raise
+    raise AssertionError("unreachable")
+
+
+class _Probe:
+    """The passes over the samples, with a fixed loss scale."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        model: nn.Module,
+        config: LoRAGAConfig,
+        layers: Sequence[AdaptedLayer],
+        loss_scale: float,
+    ) -> None:
+        self.trainer, self.model, self.config, self.layers = trainer, model, config, layers
+        self.loss_scale = loss_scale
+        places = [(layer.name, layer.shape, layer.base.weight.device) for layer in layers]
+        self.estimators = make_estimators(places, config, max(factor_rank(layer) for layer in layers))
+        self.by_index = list(self.estimators.values())
+        self.hits = [0] * len(layers)
+        self.met: list[int] = []  # layers in the order in which this backward pass reached them
+        self.weight = 0.0
+        self.items = self.loss_sum = 0.0
+        self.samples = self.tokens = self.bytes_sent = 0
+        self.first_batch: dict[str, Any] | None = None
+        self.first_loss = math.nan
+
+    def run(self) -> GradientEstimate:
+        start = time.perf_counter()
+        sketches = [index for index, estimator in enumerate(self.by_index) if estimator.sketched]
+        with self._progress_bar(passes=2 if sketches else 1) as bar:
+            with preserved_rng():
+                self._pass(range(len(self.layers)), bar, first=True)
+            items = self._finish_first_pass()
+            if sketches:
+                self._sum([self.by_index[index] for index in sketches])
+                for index in sketches:
+                    self.by_index[index].turn()
+                self._pass(sketches, bar, first=False)
+        self._sum(self.by_index)
+        for estimator in self.by_index:
+            estimator.divide(items)
+        return self._result(items, time.perf_counter() - start)
+
+    def _pass(self, indices: Sequence[int], bar: tqdm, first: bool) -> None:
+        """Run every sample once, with taps in the layers at `indices`."""
+        sink = lambda tap, x, dy: self._collect(indices[tap], x, dy)
+        with tapped([self.layers[index].base for index in indices], sink):
+            for number, piece in enumerate(sample_pieces(self.trainer, [self.config.num_samples])):
+                self._step(number, piece, first)
+                bar.update(piece.samples)
+
+    def _collect(self, index: int, x: Tensor, dy: Tensor) -> None:
+        self.hits[index] += 1
+        self.met.append(index)
+        if self.weight > 0:
+            self.by_index[index].add(x, dy, self.weight / self.loss_scale)
+
+    def _step(self, number: int, piece: Piece, first: bool) -> None:
+        items = count_items(self.trainer, piece.batch)
+        self.weight = items if piece.mine > 0 else 0.0
+        loss = mean_loss(self.trainer, self.model, piece.batch, items)
+        value = loss.item()
+        if self.weight > 0 and not math.isfinite(value):
+            raise NonFiniteGradient(f"Probe batch {number}: the loss is {value}. {_POISON_ADVICE}")
+        self.met.clear()
+        (loss * self.loss_scale).backward()
+        if self.weight > 0:
+            self._require_finite(number)
+        if first:
+            self._count(piece, value)
+
+    def _count(self, piece: Piece, loss: float) -> None:
+        self.samples += piece.samples
+        if self.weight == 0:
+            return
+        self.items += self.weight
+        self.loss_sum += loss * self.weight
+        self.tokens += count_tokens(piece.batch)
+        if self.first_batch is None:
+            self.first_batch, self.first_loss = piece.batch, loss
+
+    def _require_finite(self, number: int) -> None:
+        met = list(dict.fromkeys(self.met))
+        if not met:
+            return
+        # A NaN or an infinity anywhere makes the sum of an accumulator non-finite: one small number a layer.
+        checks = torch.stack([self.by_index[index].sums()[0].sum().cpu() for index in met])
+        bad = [index for index, check in zip(met, checks.tolist(), strict=True) if not math.isfinite(check)]
+        if bad:
+            more = f" (the backward pass carried it to {len(bad) - 1} more layers)" if len(bad) > 1 else ""
+            raise NonFiniteGradient(
+                f"Probe batch {number}: the gradient of {self.layers[bad[0]].name} is not finite{more}. "
+                f"{_POISON_ADVICE}"
+            )
+
+    def _sum(self, estimators: Sequence[Estimator]) -> None:
+        self.bytes_sent += sum_over_processes(self.trainer, [t for estimator in estimators for t in estimator.sums()])
+
+    def _finish_first_pass(self) -> float:
+        """Add up the counts of all processes; return the number of items."""
+        totals = torch.tensor([self.items, self.loss_sum, self.tokens, *self.hits], dtype=torch.float64)
+        sum_over_processes(self.trainer, [totals])
+        self.items, self.loss_sum, self.tokens, *self.hits = totals.tolist()
+        if self.items == 0:
+            raise ValueError(
+                f"The {self.samples} samples of the probe hold no label to learn from (all are {IGNORED_LABEL}, or "
+                "the data is empty). Check the data collator and the labels of the train dataset."
+            )
+        unreached = self._unreached()
+        if unreached and not self.config.allow_unreached:
+            raise ValueError(
+                f"The loss never reaches {len(unreached)} adapted layers: {', '.join(unreached[:5])}. Leave them out "
+                "of `target_modules`, or set LoRAGAConfig(allow_unreached=True) to start them as plain LoRA."
+            )
+        if self.samples < self.config.num_samples:
+            logger.warning(
+                "The probe used %d of the %d samples asked for: the data has no more.",
+                self.samples,
+                self.config.num_samples,
+            )
+        return self.items
+
+    def _unreached(self) -> list[str]:
+        return [layer.name for layer, count in zip(self.layers, self.hits, strict=True) if count == 0]
+
+    def _result(self, items: float, seconds: float) -> GradientEstimate:
+        return GradientEstimate(
+            estimators=self.estimators,
+            samples=self.samples,
+            items=items,
+            tokens=int(self.tokens),
+            loss=self.loss_sum / items,
+            seconds=seconds,
+            bytes_sent=self.bytes_sent,
+            unreached=self._unreached(),
+            first_batch=self.first_batch,
+            first_loss=self.first_loss,
+        )
+
+    def _progress_bar(self, passes: int) -> tqdm:
+        return tqdm(
+            total=passes * self.config.num_samples,
+            desc="LoRA-GA probe",
+            unit="sample",
+            leave=False,
+            disable=self.trainer.args.disable_tqdm or not self.trainer.is_world_process_zero(),
+        )
+
+
+def _uses_fp16(trainer: Trainer, layers: Sequence[AdaptedLayer]) -> bool:
+    """Tell whether output-gradients may be fp16, whose smallest normal number is 6e-5."""
+    autocast = trainer.accelerator.mixed_precision == "fp16"
+    return autocast or any(p.dtype is torch.float16 for layer in layers for p in layer.base.parameters())

@@ -1,0 +1,70 @@
+"""Read `(x, dL/dy)` of frozen linear layers during an ordinary backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+Sink = Callable[[int, Tensor, Tensor], None]  # (index of the module, x (N, in), dy (N, out))
+
+
+class _Tap(torch.autograd.Function):
+    """The identity on `y` whose backward shows `(x, dy)` to a sink."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,  # (..., out)
+        x: Tensor,  # (..., in)
+        root: Tensor,  # (), requires grad: keeps the graph alive where nothing upstream does
+        sink: Callable[[Tensor, Tensor], None],
+    ) -> Tensor:
+        # save_for_backward, not an attribute: activation checkpointing frees and recomputes only what is saved so.
+        ctx.save_for_backward(x)
+        ctx.sink = sink
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
+        (x,) = ctx.saved_tensors
+        ctx.sink(x.detach().reshape(-1, x.shape[-1]), dy.detach().reshape(-1, dy.shape[-1]))
+        return dy, None, None, None
+
+
+@contextmanager
+def tapped(modules: Sequence[nn.Module], sink: Sink) -> Iterator[None]:
+    """
+    Show every `(x, dy)` of `modules` to `sink` while the context is open.
+
+    For `y = x W^T + b` with `x (N, in)` and `dy = dL/dy (N, out)` the gradient of the weight is `dy^T x`, summed over
+    the calls of the module. No parameter needs `requires_grad` and the weight itself is never read, so sharded and
+    quantised weights need nothing special.
+
+    Args:
+        modules: layers that map `(..., in)` to `(..., out)` and take the input as first positional argument.
+        sink: called in the backward pass with the module's index, `x` and `dy` flattened to two dimensions and in the
+            dtypes of the forward and backward pass.
+    """
+    handles = []
+    try:
+        for index, module in enumerate(modules):
+            handles.append(module.register_forward_hook(_make_hook(index, sink)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _make_hook(index: int, sink: Sink) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor | None:
+        if not torch.is_grad_enabled():  # the first forward of a reentrant checkpoint
+            return None
+        root = torch.zeros((), device=y.device, requires_grad=True)
+        return _Tap.apply(y, args[0], root, lambda x, dy: sink(index, x, dy))
+
+    return hook
