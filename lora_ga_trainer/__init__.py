@@ -1,0 +1,33 @@
+"""
+Start LoRA adapters where the gradient of the full weights points.
+
+Letters, used in every signature, docstring and test:
+`W` frozen base weight `(out, in)`; `G = dL/dW` `(out, in)`; `A` `(r, in)`, `B` `(out, r)` LoRA factors; `s` PEFT's
+scaling of the layer (`alpha / r`, with rsLoRA `alpha / sqrt(r)`); adapted weight `W + s B A`. `G = U S V^T`; `[G]_k`
+its best rank-k approximation; `N` tokens of one pass; `k` columns of a sketch.
+"""
+
+from .anchor import load_adapter
+from .callback import LoRAGACallback
+from .config import LoRAGAConfig
+from .export import export_adapter
+from .factors import lora_ga_factors, lora_one_factors
+from .probe import GradientEstimate, estimate_gradients
+from .report import GradientReport
+from .trainer import LoRAGAMixin, LoRAGATrainer, Seq2SeqLoRAGATrainer
+
+
+__all__ = [
+    "GradientEstimate",
+    "GradientReport",
+    "LoRAGACallback",
+    "LoRAGAConfig",
+    "LoRAGAMixin",
+    "LoRAGATrainer",
+    "Seq2SeqLoRAGATrainer",
+    "estimate_gradients",
+    "export_adapter",
+    "load_adapter",
+    "lora_ga_factors",
+    "lora_one_factors",
+]

@@ -1,0 +1,175 @@
+"""When the adapter is prepared and when it is initialised; nothing else."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peft import PeftModel
+from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from .anchor import anchored_parameter_names
+from .checkpoint import require_resumable
+from .config import LoRAGAConfig
+from .engines import require_supported
+from .head_warmup import warm_up_heads
+from .layers import find_adapted_layers, require_peft_model
+from .prepare import prepare_adapter, require_config
+from .record import StartRecord, record_of_model
+from .report import GradientReport
+from .start import start_adapter
+
+
+if TYPE_CHECKING:
+    from torch.utils.data import Dataset
+    from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+
+logger = logging.getLogger(__name__)
+
+REPORT_NAME = "lora_ga_report.json"
+
+
+class LoRAGACallback(TrainerCallback):
+    """
+    Initialise the adapter of any Trainer when training begins.
+
+        trainer.add_callback(LoRAGACallback(trainer, LoRAGAConfig()))
+
+    The constructor makes room for an anchored adapter, so it must come before the optimizer; the gradients are
+    estimated and the factors written at the first `on_train_begin` that is not a resume. Once an adapter is
+    initialised it is
+    never initialised again: not on a second `train()`, a retry of `auto_find_batch_size` or a resume.
+
+    Two methods of this trainer instance are wrapped: `get_decay_parameter_names` leaves anchored parameters out of
+    weight decay, and `train` checks a checkpoint before it is loaded. [`LoRAGAMixin`] adds what a callback can't: it
+    counts the tied halves once in the clipping norm and prepares the new model of each `hyperparameter_search` trial.
+    With the callback alone the norm counts the gradient of every anchored `A` twice.
+
+    Args:
+        trainer: the trainer the callback is added to.
+        config: how to start; default `LoRAGAConfig()`.
+        probe_dataset: examples for the probe instead of the train dataset's.
+
+    Attributes:
+        report (`GradientReport` or `None`): of the initialisation, after it ran.
+
+    Raises:
+        `ValueError`: if the model, its adapter, the data set or the optimizer can't be used, saying how to mend it.
+    """
+
+    def __init__(
+        self, trainer: Trainer, config: LoRAGAConfig | None = None, probe_dataset: Dataset | None = None
+    ) -> None:
+        self.trainer = trainer
+        self.config = require_config(config)
+        self.probe_dataset = probe_dataset
+        self.report: GradientReport | None = None
+        if self.config.init != "none":
+            require_supported(trainer)
+            _require_examples(trainer.train_dataset if probe_dataset is None else probe_dataset)
+            prepare_adapter(trainer.model, self.config, optimizer=trainer.optimizer)
+        if record_of_model(trainer.model) is not None:
+            _keep_out_of_weight_decay(trainer)
+            _check_checkpoints(trainer)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.config.init == "none":
+            return
+        trainer = self.trainer
+        model = require_peft_model(trainer.accelerator.unwrap_model(trainer.model))
+        record = self._require_prepared(model)
+        _require_no_decay(trainer, model)
+        if state.global_step > 0 or record.initialised:
+            record.initialised = True
+            return
+        if self.config.head_warmup_steps > 0:
+            warm_up_heads(trainer, self.config)
+        self.report = start_adapter(trainer, self.config, find_adapted_layers(model), self.probe_dataset)
+        record.initialised = True
+        self._publish(self.report)
+
+    def _require_prepared(self, model: PeftModel) -> StartRecord:
+        record = record_of_model(model)
+        if record is None:
+            raise ValueError(
+                "LoRAGACallback: the trainer's model is not the one the callback was made for (a new model of "
+                "`model_init`?). Use LoRAGAMixin or LoRAGATrainer, which prepare every new model."
+            )
+        return record
+
+    def _publish(self, report: GradientReport) -> None:
+        trainer = self.trainer
+        logger.info(report.summary())
+        trainer.log(report.metrics())
+        if not trainer.is_world_process_zero():
+            return
+        folder = Path(trainer.args.output_dir)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            report.to_json(folder / REPORT_NAME)
+        except OSError as error:
+            logger.warning("%s was not written (%s). Training goes on.", folder / REPORT_NAME, error)
+
+
+def _require_examples(dataset: Any) -> None:
+    if dataset is None:
+        raise ValueError("LoRA-GA needs training examples: pass `train_dataset` (or `probe_dataset`) to the trainer.")
+    if hasattr(dataset, "__len__") and len(dataset) == 0:
+        raise ValueError(
+            "The data set that the probe would read is empty (0 examples). Check the filters and the split that made "
+            "it."
+        )
+
+
+def _keep_out_of_weight_decay(trainer: Trainer) -> None:
+    """Make the trainer's own choice of decayed parameters leave anchored ones out, on this instance."""
+    choose = trainer.get_decay_parameter_names
+
+    def get_decay_parameter_names(model: Any) -> list[str]:
+        anchored = anchored_parameter_names(model)
+        return [name for name in choose(model) if name not in anchored]
+
+    trainer.get_decay_parameter_names = get_decay_parameter_names  # type: ignore[method-assign]
+
+
+def _check_checkpoints(trainer: Trainer) -> None:
+    """Make this trainer's `train` look at a checkpoint before anything of it is loaded."""
+    train = trainer.train
+
+    @functools.wraps(train)
+    def checked_train(resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        folder = resume_from_checkpoint
+        if folder is True:
+            folder = get_last_checkpoint(trainer.args.output_dir)
+        if folder:
+            require_resumable(folder, trainer.accelerator.unwrap_model(trainer.model))
+        return train(resume_from_checkpoint, *args, **kwargs)
+
+    trainer.train = checked_train  # type: ignore[method-assign]
+
+
+def _require_no_decay(trainer: Trainer, model: PeftModel) -> None:
+    """
+    Refuse an optimizer that would decay anchored parameters or does not hold them at all.
+
+    Raises:
+        `ValueError`: naming a parameter.
+    """
+    decay = {
+        id(parameter): group.get("weight_decay", 0.0)
+        for group in trainer.optimizer.param_groups
+        for parameter in group["params"]
+    }
+    parameters = dict(model.named_parameters())
+    for name in sorted(anchored_parameter_names(model)):
+        if decay.get(id(parameters[name]), 0.0) != 0.0:
+            raise ValueError(
+                f"{name}: the optimizer applies weight_decay={decay[id(parameters[name])]} to an anchored parameter, "
+                "which would untie its halves. Let the Trainer make the optimizer (`optimizer_cls_and_kwargs`), or "
+                "put LoRA parameters into a group with weight_decay 0."
+            )

@@ -1,0 +1,156 @@
+"""What was initialised and how well: one line for the log, numbers for trackers, JSON, a picture."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+INITIALISED = "initialised"
+OVERLAPPING = "initialised, halves overlap: 2r > min(out, in)"
+PADDED = "initialised, padded with a plain start: r > min(out, in)"
+ZERO_GRADIENT = "plain start: zero gradient"
+UNREACHED = "plain start: never reached by the loss"
+
+
+@dataclass
+class LayerReport:
+    """
+    One adapted layer.
+
+    Args:
+        name: inside the base model.
+        shape: `(out, in)` of the weight.
+        rank: r of the factors that learn.
+        scale: length c of the rows of `A0` and columns of `B0`; for LoRA-One the length of the first one.
+        singular_values: the top `min(2r, out, in)` of the gradient of the weight, descending.
+        energy_share_r: share of `||G||^2` that the top r directions hold.
+        energy_share_2r: share of `||G||^2` that the top 2r directions hold.
+        energy_kept: what the estimated top-2r directions hold of the energy that the best ones hold, as the estimator
+            itself judges it; 1 for an exact one.
+        sketched: whether the estimator was a sketch.
+        action: what was done.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    rank: int
+    scale: float
+    singular_values: list[float]
+    energy_share_r: float
+    energy_share_2r: float
+    energy_kept: float
+    sketched: bool
+    action: str
+
+
+@dataclass
+class GradientReport:
+    """
+    The initialisation of one adapter.
+
+    Args:
+        init: `"lora_ga"` or `"lora_one"`.
+        samples, items, tokens: used by the probe, over all processes; items are what the loss is a mean over.
+        seconds: wall time of the probe, the factors and the write.
+        probe_seconds: of these, the probe's.
+        probe_bytes: probe state on this process.
+        bytes_sent: handed to all-reduces by this process.
+        loss_before, loss_after: on this process's first probe batch, dropout off, before and after the write. `None`
+            where the probe was read from a file.
+        layers: one report a layer.
+    """
+
+    init: str
+    samples: int
+    items: float
+    tokens: int
+    seconds: float
+    probe_seconds: float
+    probe_bytes: int
+    bytes_sent: int
+    loss_before: float | None
+    loss_after: float | None
+    layers: list[LayerReport]
+
+    def metrics(self) -> dict[str, float]:
+        """Return the figures that trackers get, under `lora_ga/...`."""
+        started = [layer for layer in self.layers if not layer.action.startswith("plain start")]
+        figures = {
+            "samples": self.samples,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "probe_bytes": self.probe_bytes,
+            "bytes_sent": self.bytes_sent,
+            "loss_before": self.loss_before,
+            "loss_after": self.loss_after,
+            "layers_initialised": len(started),
+            "layers_plain": len(self.layers) - len(started),
+            "energy_share_r": _mean([layer.energy_share_r for layer in started]),
+            "energy_share_2r": _mean([layer.energy_share_2r for layer in started]),
+            "energy_kept_min": min((layer.energy_kept for layer in started), default=None),
+        }
+        return {f"lora_ga/{name}": value for name, value in figures.items() if value is not None}
+
+    def summary(self) -> str:
+        """Say in one line what happened."""
+        m = self.metrics()
+        plain = f", {m['lora_ga/layers_plain']} left plain" if m["lora_ga/layers_plain"] else ""
+        share = ""
+        if "lora_ga/energy_share_r" in m:
+            share = (
+                f"; the top r directions hold {m['lora_ga/energy_share_r']:.0%} of the gradient's energy, the top 2r "
+                f"{m['lora_ga/energy_share_2r']:.0%} (at least {m['lora_ga/energy_kept_min']:.1%} of that found)"
+            )
+        loss = "" if self.loss_before is None else f"; loss {self.loss_before:.4f} -> {self.loss_after:.4f}"
+        return (
+            f"{self.init}: {m['lora_ga/layers_initialised']} layers initialised{plain} from {self.samples} samples "
+            f"({self.tokens} tokens) in {self.seconds:.1f} s with {self.probe_bytes / 2**20:.1f} MiB{share}{loss}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the whole report as plain values."""
+        return asdict(self)
+
+    def to_json(self, path: str | os.PathLike[str]) -> None:
+        """Write the whole report to `path`, whole or not at all."""
+        target = Path(path)
+        partial = target.with_name(target.name + ".partial")
+        partial.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        partial.replace(target)
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """
+        Draw the energy share of the top r and 2r directions by layer and module kind, as a picture at `path`.
+
+        Raises:
+            `ImportError`: if matplotlib is not installed.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("GradientReport.plot draws with matplotlib: pip install matplotlib.") from error
+        kinds: dict[str, list[LayerReport]] = {}
+        for layer in self.layers:
+            kinds.setdefault(layer.name.rsplit(".", 1)[-1], []).append(layer)
+        figure = Figure(figsize=(9, 4.5), layout="constrained")
+        axes = figure.subplots()
+        for i, (kind, layers) in enumerate(kinds.items()):
+            depth, colour = range(len(layers)), f"C{i % 10}"
+            axes.plot(depth, [layer.energy_share_2r for layer in layers], "-o", ms=3, color=colour, label=kind)
+            axes.plot(depth, [layer.energy_share_r for layer in layers], ":", color=colour)
+        axes.set(
+            xlabel="layer, in the model's order",
+            ylabel="share of the gradient's energy",
+            ylim=(0, 1.02),
+            title=f"{self.init}: top 2r directions (solid), top r (dotted), {self.samples} samples",
+        )
+        axes.legend(fontsize="small", ncols=2)
+        figure.savefig(path, dpi=120)
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None

@@ -1,0 +1,129 @@
+"""The Trainer swap."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import Seq2SeqTrainer, Trainer
+
+from .anchor import anchored_parameter_names, counted_gradients
+from .callback import LoRAGACallback
+from .config import LoRAGAConfig
+from .engines import clips_plain_gradients
+from .prepare import prepare_adapter, require_config
+from .report import GradientReport
+
+
+if TYPE_CHECKING:
+    from torch.utils.data import Dataset
+
+
+class LoRAGAMixin:
+    """
+    Make any Trainer subclass start its adapter from gradients.
+
+        class MyTrainer(LoRAGAMixin, SFTTrainer): ...
+
+    Args:
+        args, kwargs: of the Trainer; its model must be a `PeftModel` by the end of its `__init__`.
+        lora_ga_config: how to start; default `LoRAGAConfig()`.
+        probe_dataset: examples for the probe instead of the train dataset's.
+
+    Attributes:
+        lora_ga_report (`GradientReport` or `None`): of the initialisation, once `train()` has begun.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        lora_ga_config: LoRAGAConfig | None = None,
+        probe_dataset: Dataset | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.lora_ga_config = require_config(lora_ga_config)
+        super().__init__(*args, **kwargs)
+        self._lora_ga_callback = LoRAGACallback(self, self.lora_ga_config, probe_dataset)
+        self.add_callback(self._lora_ga_callback)
+
+    @property
+    def lora_ga_report(self) -> GradientReport | None:
+        return self._lora_ga_callback.report
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """Make a new model for a trial and prepare its adapter."""
+        model = self._adapt(super().call_model_init(trial))
+        if self.lora_ga_config.init != "none":
+            prepare_adapter(model, self.lora_ga_config)
+        return model
+
+    def _adapt(self, model: nn.Module) -> nn.Module:
+        """Put an adapter on a model; here it must have one already."""
+        return model
+
+    def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
+        """Clip to `max_grad_norm`, with the gradient of an anchored `A` counted once in the norm."""
+        if not self._counts_tied_halves(model):
+            return super()._clip_grad_norm(model)
+        self.accelerator.unscale_gradients()
+        norm = torch.nn.utils.get_total_norm(list(counted_gradients(model)))
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), self.args.max_grad_norm, norm)
+        return norm
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Return the norm for the log, with the gradient of an anchored `A` counted once."""
+        if grad_norm is None and self._counts_tied_halves(model):
+            grad_norm = torch.nn.utils.get_total_norm(list(counted_gradients(model)))
+        return super()._get_grad_norm(model, grad_norm)
+
+    def _counts_tied_halves(self, model: nn.Module) -> bool:
+        return clips_plain_gradients(self) and bool(anchored_parameter_names(model))
+
+
+class _WrapsModel(LoRAGAMixin):
+    """Adds `peft_config=` to a Trainer that takes a plain model."""
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: Any = None,
+        *positional: Any,
+        peft_config: LoraConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._peft_config = peft_config
+        super().__init__(None if model is None else self._adapt(model), args, *positional, **kwargs)
+
+    def _adapt(self, model: nn.Module) -> nn.Module:
+        if self._peft_config is None:
+            return model
+        if isinstance(model, PeftModel):
+            raise ValueError(
+                "peft_config was passed with a model that is a PeftModel already. Pass one of the two: the plain "
+                "model with `peft_config`, or the PeftModel alone."
+            )
+        # A copy: PEFT and anchoring both write into the config of the adapter.
+        return get_peft_model(model, copy.deepcopy(self._peft_config))
+
+
+class LoRAGATrainer(_WrapsModel, Trainer):
+    """
+    `transformers.Trainer` whose LoRA adapter starts where the gradient of the full weights points.
+
+    Args:
+        model: a `PeftModel`, or a plain model with `peft_config`.
+        args, ...: every other argument of `transformers.Trainer`, unchanged.
+        peft_config (`peft.LoraConfig`, *optional*): wraps a plain `model`, or each model that `model_init` makes.
+        lora_ga_config (`LoRAGAConfig`, *optional*): how to start; default LoRA-GA on 64 examples.
+        probe_dataset (*optional*): examples for the probe instead of the train dataset's.
+
+    Raises:
+        `ValueError`: before training starts, if the adapter can't be given a start; each message says what to do.
+    """
+
+
+class Seq2SeqLoRAGATrainer(_WrapsModel, Seq2SeqTrainer):
+    """`transformers.Seq2SeqTrainer` with the start of [`LoRAGATrainer`] and its additional arguments."""
