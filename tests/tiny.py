@@ -107,3 +107,8 @@ def arguments(folder: Any, **changes: Any) -> TrainingArguments:
         "seed": 3,
     }
     return TrainingArguments(**(settings | changes))
+
+
+def with_lora_seedless(model: nn.Module, **settings: Any) -> PeftModel:
+    """Wrap without touching the random numbers, as a trainer given `peft_config` does."""
+    return get_peft_model(model, LoraConfig(**settings))
