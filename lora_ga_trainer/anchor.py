@@ -161,6 +161,13 @@ def load_adapter(base_model: nn.Module, folder: str | os.PathLike[str], **kwargs
             "the base (and dtype, and quantisation) that it was trained on, or load it with plain PEFT."
         )
     adapter = active_adapter(model)
+    stored = model.peft_config[adapter].r
+    if stored != record.rank * (2 if record.anchored else 1):
+        raise ValueError(
+            f"{folder}: lora_ga.json says rank={record.rank}, init={record.init!r}, which does not fit the stored "
+            f"rank {stored} of adapter_config.json. Restore the two files of one save, or delete lora_ga.json to "
+            "continue the adapter as a plain LoRA adapter."
+        )
     model.peft_config[adapter] = attach_record(model.peft_config[adapter], record)
     if record.anchored:
         tie_adapter(layers)

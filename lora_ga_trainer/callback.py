@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import logging
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft import PeftModel
+from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -16,8 +18,9 @@ from .checkpoint import require_resumable
 from .config import LoRAGAConfig
 from .engines import require_supported
 from .head_warmup import warm_up_heads
-from .layers import find_adapted_layers, require_peft_model
+from .layers import find_adapted_layers
 from .prepare import prepare_adapter, require_config
+from .probe_file import require_probe_folder
 from .record import StartRecord, record_of_model
 from .report import GradientReport
 from .start import start_adapter
@@ -67,8 +70,10 @@ class LoRAGACallback(TrainerCallback):
         self.config = require_config(config)
         self.probe_dataset = probe_dataset
         self.report: GradientReport | None = None
+        self._warm_model: Callable[[], nn.Module | None] = lambda: None
         if self.config.init != "none":
             require_supported(trainer)
+            require_probe_folder(self.config)
             _require_examples(trainer.train_dataset if probe_dataset is None else probe_dataset)
             prepare_adapter(trainer.model, self.config, optimizer=trainer.optimizer)
         if record_of_model(trainer.model) is not None:
@@ -78,22 +83,28 @@ class LoRAGACallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.config.init == "none":
-            return
         trainer = self.trainer
-        model = require_peft_model(trainer.accelerator.unwrap_model(trainer.model))
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        if self.config.init == "none":
+            self._warm_up(model, resumed=state.global_step > 0)
+            return
         record = self._require_prepared(model)
         _require_no_decay(trainer, model)
         if state.global_step > 0 or record.initialised:
             record.initialised = True
             return
-        if self.config.head_warmup_steps > 0:
-            warm_up_heads(trainer, self.config)
+        self._warm_up(model, resumed=False)
         self.report = start_adapter(trainer, self.config, find_adapted_layers(model), self.probe_dataset)
         record.initialised = True
         self._publish(self.report)
 
-    def _require_prepared(self, model: PeftModel) -> StartRecord:
+    def _warm_up(self, model: nn.Module, resumed: bool) -> None:
+        """Train the heads of a model once."""
+        if self.config.head_warmup_steps > 0 and not resumed and self._warm_model() is not model:
+            warm_up_heads(self.trainer, self.config)
+        self._warm_model = weakref.ref(model)
+
+    def _require_prepared(self, model: nn.Module) -> StartRecord:
         record = record_of_model(model)
         if record is None:
             raise ValueError(
@@ -117,8 +128,6 @@ class LoRAGACallback(TrainerCallback):
 
 
 def _require_examples(dataset: Any) -> None:
-    if dataset is None:
-        raise ValueError("LoRA-GA needs training examples: pass `train_dataset` (or `probe_dataset`) to the trainer.")
     if hasattr(dataset, "__len__") and len(dataset) == 0:
         raise ValueError(
             "The data set that the probe would read is empty (0 examples). Check the filters and the split that made "
@@ -153,9 +162,9 @@ def _check_checkpoints(trainer: Trainer) -> None:
     trainer.train = checked_train  # type: ignore[method-assign]
 
 
-def _require_no_decay(trainer: Trainer, model: PeftModel) -> None:
+def _require_no_decay(trainer: Trainer, model: nn.Module) -> None:
     """
-    Refuse an optimizer that would decay anchored parameters or does not hold them at all.
+    Refuse an optimizer that would decay anchored parameters or does not hold them.
 
     Raises:
         `ValueError`: naming a parameter.
@@ -167,7 +176,12 @@ def _require_no_decay(trainer: Trainer, model: PeftModel) -> None:
     }
     parameters = dict(model.named_parameters())
     for name in sorted(anchored_parameter_names(model)):
-        if decay.get(id(parameters[name]), 0.0) != 0.0:
+        if id(parameters[name]) not in decay:
+            raise ValueError(
+                f"{name}: the optimizer does not hold this trained parameter; it was made for another model, or "
+                "before the adapter was anchored. Let the Trainer make the optimizer (`optimizer_cls_and_kwargs`)."
+            )
+        if decay[id(parameters[name])] != 0.0:
             raise ValueError(
                 f"{name}: the optimizer applies weight_decay={decay[id(parameters[name])]} to an anchored parameter, "
                 "which would untie its halves. Let the Trainer make the optimizer (`optimizer_cls_and_kwargs`), or "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -30,7 +31,7 @@ class LoRAGAConfig:
         default="lora_ga",
         metadata={
             "help": "Where the adapter starts: 'lora_ga' (arXiv 2407.05000), 'lora_one' (arXiv 2502.01235), or 'none' "
-            "(PEFT's own start; the trainer is then transformers.Trainer to the bit)."
+            "(PEFT's own start; the trainer is then transformers.Trainer to the bit, unless head_warmup_steps is set)."
         },
     )
     num_samples: int = field(
@@ -116,18 +117,25 @@ class LoRAGAConfig:
             value = getattr(self, name)
             if value not in allowed:
                 raise ValueError(f"LoRAGAConfig: {name}={value!r} is unknown. Choose one of {', '.join(allowed)}.")
-        for name, least in (("num_samples", 1), ("sketch_size", 2), ("head_warmup_steps", 0)):
+        for name, least in (("num_samples", 1), ("sketch_size", 2), ("head_warmup_steps", 0), ("probe_seed", 0)):
             value = getattr(self, name)
             if name == "sketch_size" and value is None:
                 continue
-            if not isinstance(value, int) or value < least:
+            if type(value) is not int or value < least:
                 raise ValueError(f"LoRAGAConfig: {name}={value!r} must be a whole number of at least {least}.")
         if self.gamma is None:
             self.gamma = DEFAULT_GAMMA[self.init]
         for name in ("gamma", "head_warmup_learning_rate"):
             value = getattr(self, name)
-            if not value > 0:
-                raise ValueError(f"LoRAGAConfig: {name}={value!r} must be greater than 0.")
+            if type(value) not in (int, float) or not 0 < value < math.inf:
+                raise ValueError(
+                    f"LoRAGAConfig: {name}={value!r} must be a number greater than 0. (YAML reads 1e-3 as a word and "
+                    "1.0e-3 as a number.)"
+                )
+        if type(self.allow_unreached) is not bool:
+            raise ValueError(f"LoRAGAConfig: allow_unreached={self.allow_unreached!r} must be True or False.")
+        if not isinstance(self.probe_file, (str, type(None))):
+            raise ValueError(f"LoRAGAConfig: probe_file={self.probe_file!r} must be a path as a string, or None.")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values that JSON can hold."""

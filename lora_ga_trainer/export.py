@@ -36,8 +36,8 @@ def export_adapter(model: PeftModel, folder: str | os.PathLike[str], rank: int) 
     Raises:
         `ValueError`: if `rank < 1` or the model has no LoRA adapter.
     """
-    if rank < 1:
-        raise ValueError(f"export_adapter: rank={rank!r} must be at least 1.")
+    if type(rank) is not int or rank < 1:
+        raise ValueError(f"export_adapter: rank={rank!r} must be a whole number of at least 1.")
     model = require_peft_model(model)
     adapter = active_adapter(model)
     tensors = get_peft_model_state_dict(model, adapter_name=adapter)

@@ -30,7 +30,7 @@ def lora_ga_scale(
     gamma: float = 16.0,
     scale: str = "stable",
     s: float = 1.0,
-    weight_singular_values: Tensor | None = None,  # (>= r,), descending
+    weight_singular_values: Tensor | None = None,  # (>= min(r, out, in),), descending
 ) -> float:
     """
     Compute the common length `c` of the rows of `A0` and the columns of `B0`.
@@ -48,6 +48,8 @@ def lora_ga_scale(
         return out_features**0.25 / math.sqrt(gamma)
     if scale == "unit":
         return 1.0
+    if scale in ("gd", "weight_svd") and not s > 0:
+        raise ValueError(f"scale={scale!r} divides by s={s!r}: it must be greater than 0. Use a positive lora_alpha.")
     if scale == "gd":
         return 1.0 / s
     if scale == "weight_svd":
@@ -102,7 +104,7 @@ def lora_ga_factors(
     direction: str = "ArB2r",
     scale: str = "stable",
     s: float = 1.0,
-    weight_singular_values: Tensor | None = None,  # (>= r,)
+    weight_singular_values: Tensor | None = None,  # (>= min(r, out, in),)
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:  # B0 (out, r), A0 (r, in)
     """
@@ -133,6 +135,10 @@ def lora_ga_factors(
     """
     c = lora_ga_scale(U.shape[0], r, gamma=gamma, scale=scale, s=s, weight_singular_values=weight_singular_values)
     m = min(U.shape[0], Vt.shape[1])
+    if weight_singular_values is not None and len(weight_singular_values) < min(r, m):
+        raise ValueError(
+            f"{len(weight_singular_values)} weight_singular_values were given, {min(r, m)} are needed for rank {r}."
+        )
     of_a, of_b = split_directions(m, r, direction, generator)
     _check_enough_pairs(U, S, Vt, min(2 * r, m))
     U, Vt = fix_signs(U, Vt)
@@ -164,7 +170,8 @@ def lora_one_factors(
         U, S, Vt: the top `k >= min(r, out, in)` singular triplets of `G`, descending; any float dtype.
         r: rank of the factors.
         gamma: default 128, the paper's.
-        generator: of the rows of `A` that no direction is left for (`r > min(out, in)`); `B` is zero there.
+        generator: of the rows of `A` that no direction is left for, because `r` is larger than the numerical rank of
+            `G`; `B` is zero there. (Zeros in both, as the rule gives for a zero singular value, would never learn.)
 
     Returns:
         `B0 (out, r)` and `A0 (r, in)` in the dtype and on the device of `U`.
@@ -181,6 +188,8 @@ def lora_one_factors(
     if not S[0] > 0:
         raise ValueError(f"S[0]={S[0].item()!r}: LoRA-One divides by the largest singular value of the gradient.")
     U, Vt = fix_signs(U, Vt)
+    S = S.to(U.dtype)
+    k = int((S[:k] > torch.finfo(S.dtype).eps * S[0]).sum())
     # A0 = sqrt(S_r / S[0]) V_r^T / sqrt(gamma),  B0 = -U_r sqrt(S_r / S[0]) / sqrt(gamma)
     root = (S[:k] / S[0]).sqrt() / math.sqrt(gamma)
     return _pad(-U[:, :k] * root, root[:, None] * Vt[:k], r, generator)

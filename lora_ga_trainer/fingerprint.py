@@ -5,20 +5,35 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from .borrow import preserved_rng
 from .layers import AdaptedLayer, saved_modules
 
 
 _WEIGHTS_PER_LAYER = 64
 _EXAMPLES = 16
-# Keys of a model config that say where the model came from or how it is run, not what it computes.
-_VOLATILE = ("_name_or_path", "name_or_path", "transformers_version", "use_cache", "gradient_checkpointing", "dtype")
+# Keys of a model config that say where the model came from or how it is run, not what its layers compute. Some change
+# by themselves: BERT's forward writes `problem_type`, saving writes `architectures`, the Trainer aligns token ids.
+_VOLATILE = (
+    "_name_or_path",
+    "architectures",
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "gradient_checkpointing",
+    "name_or_path",
+    "pad_token_id",
+    "problem_type",
+    "transformers_version",
+    "use_cache",
+)
 
 
 def fingerprint_base(model: PeftModel, layers: Sequence[AdaptedLayer]) -> str:
@@ -48,7 +63,16 @@ def fingerprint_heads(model: PeftModel) -> str:
 
 
 def fingerprint_dataset(dataset: Any) -> str:
-    """Digest a data set: its length and 16 evenly spaced examples (the first 16 of a stream), whatever their order."""
+    """
+    Digest a data set: its length and 16 evenly spaced examples, or the first 16 of a stream.
+
+    The order in which training visits the examples does not matter. Random numbers that reading them draws (data
+    augmentation) are given back.
+
+    Raises:
+        `ValueError`: naming the type, for examples that hold anything but tensors, arrays, images, texts, numbers and
+            nested lists and dicts of these.
+    """
     digest = hashlib.sha256()
     if hasattr(dataset, "__len__"):
         digest.update(str(len(dataset)).encode())
@@ -56,20 +80,33 @@ def fingerprint_dataset(dataset: Any) -> str:
         examples: Iterable[Any] = (dataset[i * len(dataset) // steps] for i in range(steps))
     else:
         examples = itertools.islice(dataset, _EXAMPLES)
-    for example in examples:
-        _update(digest, example)
+    with preserved_rng():
+        for example in examples:
+            _update(digest, example)
     return digest.hexdigest()[:32]
 
 
 def _update(digest: Any, value: Any) -> None:
-    if isinstance(value, dict) or hasattr(value, "keys"):
-        for key in sorted(value.keys()):
+    if isinstance(value, Mapping):
+        for key in sorted(value):
             digest.update(str(key).encode())
             _update(digest, value[key])
+    elif isinstance(value, (list, tuple)):
+        digest.update(f"{len(value)} items".encode())
+        for item in value:
+            _update(digest, item)
     elif isinstance(value, Tensor):
-        digest.update(str(value.tolist()).encode())
-    else:
+        _update(digest, value.detach().cpu().float().numpy() if value.is_floating_point() else value.cpu().numpy())
+    elif hasattr(value, "__array_interface__"):  # NumPy arrays and scalars, PIL images
+        array = np.asarray(value)
+        digest.update(f"{array.shape}{array.dtype}".encode() + array.tobytes())
+    elif value is None or isinstance(value, (str, bytes, bool, int, float)):
         digest.update(repr(value).encode())
+    else:
+        raise ValueError(
+            f"An example holds a {type(value).__name__}, which has no lasting fingerprint, so a probe_file can't be "
+            "tied to this data set. Turn it into a tensor, or leave LoRAGAConfig.probe_file unset."
+        )
 
 
 @torch.no_grad()

@@ -40,7 +40,7 @@ def warm_up_heads(trainer: Trainer, config: LoRAGAConfig) -> None:
             f"head_warmup_steps={config.head_warmup_steps}, but the adapter has no `modules_to_save` to train. Name "
             "the fresh head there in the LoraConfig, or set head_warmup_steps=0."
         )
-    parameters = [parameter for head in heads for parameter in head.parameters()]
+    parameters = [parameter for head in heads for parameter in head.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.head_warmup_learning_rate, weight_decay=0.0)
     args = trainer.args
     per_step = trainer._train_batch_size * args.gradient_accumulation_steps * trainer.accelerator.num_processes

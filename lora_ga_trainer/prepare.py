@@ -63,7 +63,7 @@ def prepare_adapter(model: nn.Module, config: LoRAGAConfig, optimizer: torch.opt
         _require_same_start(adapter, record, config)
         return
     _require_plain_start(adapter, peft_config, layers)
-    if optimizer is not None:
+    if optimizer is not None and config.init == "lora_ga":
         raise ValueError(
             "An optimizer exists already; it would keep training parameters that an anchored adapter replaces. Pass "
             "`optimizer_cls_and_kwargs=` instead of `optimizers=`, or make the trainer before the optimizer."
@@ -97,6 +97,11 @@ def _require_same_start(adapter: str, record: StartRecord, config: LoRAGAConfig)
 
 
 def _require_plain_start(adapter: str, config: LoraConfig, layers: list[AdaptedLayer]) -> None:
+    if config.init_lora_weights not in _PLAIN_INITS:
+        raise ValueError(
+            f"Adapter {adapter!r} has init_lora_weights={config.init_lora_weights!r}, a start of PEFT's own: two "
+            "starts can't be combined. Use init_lora_weights=True in the LoraConfig, or LoRAGAConfig(init='none')."
+        )
     for layer in layers:
         if is_anchored(layer):
             raise ValueError(
@@ -108,8 +113,3 @@ def _require_plain_start(adapter: str, config: LoraConfig, layers: list[AdaptedL
                 "start would overwrite it. To train it further use LoRAGAConfig(init='none'); an anchored adapter of "
                 "this package continues as one after `lora_ga_trainer.load_adapter(base_model, folder)`."
             )
-    if config.init_lora_weights not in _PLAIN_INITS:
-        raise ValueError(
-            f"Adapter {adapter!r} has init_lora_weights={config.init_lora_weights!r}, a start of PEFT's own: two "
-            "starts can't be combined. Use init_lora_weights=True in the LoraConfig, or LoRAGAConfig(init='none')."
-        )

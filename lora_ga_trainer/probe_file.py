@@ -8,15 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .anchor import factor_rank
 from .config import LoRAGAConfig
 from .fingerprint import fingerprint_base, fingerprint_dataset, fingerprint_heads
 from .layers import AdaptedLayer
 from .probe import GradientEstimate
-from .sketch import restore_estimator
+from .sketch import Estimator, restore_estimator
 
 
 _FORMAT = "1"
@@ -43,8 +45,15 @@ def save_estimate(
     }
     target = _path(config)
     partial = target.with_name(target.name + ".partial")
-    save_file(tensors, partial, metadata=metadata)
-    os.replace(partial, target)
+    try:
+        save_file(tensors, partial, metadata=metadata)
+        os.replace(partial, target)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(
+            f"probe_file={config.probe_file!r} could not be written ({error}). Free some space or name another file; "
+            "the probe itself went well."
+        ) from error
 
 
 def load_estimate(
@@ -55,14 +64,10 @@ def load_estimate(
 
     Raises:
         `ValueError`: if the file is damaged, or comes from another base, head, data set or other settings; the message
-            names which. Also if the folder it would be written to does not exist.
+            names which. Also if it left layers unreached or can't hold the directions that this run needs.
     """
     path = _path(config)
     if not path.exists():
-        if not path.parent.is_dir():
-            raise ValueError(
-                f"probe_file={config.probe_file!r}: the folder {path.parent} does not exist. Make it first."
-            )
         return None
     expected = _fingerprints(config, model, layers, dataset)
     try:
@@ -75,7 +80,10 @@ def load_estimate(
                         f"run has {value!r}). Delete it to probe anew, or name another file."
                     )
             stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is no dict
-        figures, unreached = json.loads(metadata["figures"]), json.loads(metadata["unreached"])
+        figures, unreached = _parse_figures(metadata), _parse_unreached(metadata, layers)
+        for key, tensor in stored.items():
+            if not torch.isfinite(tensor).all():
+                raise KeyError(f"{key} is not finite")
         estimators = {
             layer.name: restore_estimator(
                 {key.split("|", 1)[1]: value for key, value in stored.items() if key.split("|", 1)[0] == layer.name},
@@ -83,12 +91,66 @@ def load_estimate(
             )
             for layer in layers
         }
-        return GradientEstimate(estimators=estimators, unreached=unreached, **figures)
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
         raise ValueError(
             f"probe_file={config.probe_file!r} is damaged or not a probe of this package ({error}). Delete it to "
             "probe anew, or name another file."
         ) from error
+    _require_use(config, layers, estimators, unreached)
+    return GradientEstimate(estimators=estimators, unreached=unreached, **figures)
+
+
+def _parse_figures(metadata: dict[str, str]) -> dict[str, float]:
+    figures = json.loads(metadata["figures"])
+    if not isinstance(figures, dict) or set(figures) != set(_FIGURES):
+        raise KeyError(f"figures must be {', '.join(_FIGURES)}")
+    for name, value in figures.items():
+        if type(value) not in (int, float):
+            raise TypeError(f"{name}={value!r} is not a number")
+    return figures
+
+
+def _parse_unreached(metadata: dict[str, str], layers: Sequence[AdaptedLayer]) -> list[str]:
+    unreached = json.loads(metadata["unreached"])
+    if not isinstance(unreached, list) or not set(map(str, unreached)) <= {layer.name for layer in layers}:
+        raise KeyError(f"unreached={unreached!r} does not name adapted layers")
+    return unreached
+
+
+def _require_use(
+    config: LoRAGAConfig, layers: Sequence[AdaptedLayer], estimators: dict[str, Estimator], unreached: list[str]
+) -> None:
+    """Refuse an estimate that is whole but of no use to this run."""
+    if unreached and not config.allow_unreached:
+        raise ValueError(
+            f"probe_file={config.probe_file!r}: the loss never reaches {len(unreached)} adapted layers: "
+            f"{', '.join(unreached[:5])}. Leave them out of `target_modules`, or set "
+            "LoRAGAConfig(allow_unreached=True) to start them as plain LoRA."
+        )
+    for layer in layers:
+        needed = min(2 * factor_rank(layer), *layer.shape)
+        if estimators[layer.name].directions < needed:
+            raise ValueError(
+                f"probe_file={config.probe_file!r} holds {estimators[layer.name].directions} directions of layer "
+                f"{layer.name}, rank {factor_rank(layer)} needs {needed}. Delete it to probe anew with a larger "
+                "sketch_size, or name another file."
+            )
+
+
+def require_probe_folder(config: LoRAGAConfig) -> None:
+    """
+    Look at the folder of `config.probe_file` before anything is computed.
+
+    Raises:
+        `ValueError`: if it does not exist, or `probe_file` is a folder itself.
+    """
+    if config.probe_file is None:
+        return
+    path = _path(config)
+    if not path.parent.is_dir():
+        raise ValueError(f"probe_file={config.probe_file!r}: the folder {path.parent} does not exist. Make it first.")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"probe_file={config.probe_file!r} is not a file. Name a .safetensors file.")
 
 
 def _path(config: LoRAGAConfig) -> Path:

@@ -126,6 +126,10 @@ def _parse_record(path: Path) -> StartRecord:
         raise ValueError(f"{problem}: its format is not {_FORMAT}. Use the release of lora_ga_trainer that wrote it.")
     if content["init"] not in ("lora_ga", "lora_one") or content["rank"] < 1:
         raise ValueError(f"{problem}: init={content['init']!r}, rank={content['rank']!r} are impossible. {way_out}")
+    if content["anchored"] != (content["init"] == "lora_ga"):
+        raise ValueError(
+            f"{problem}: anchored={content['anchored']!r} contradicts init={content['init']!r}. {way_out}"
+        )
     return StartRecord(**content, initialised=True)
 
 

@@ -119,7 +119,9 @@ class GradientReport:
         """Write the whole report to `path`, whole or not at all."""
         target = Path(path)
         partial = target.with_name(target.name + ".partial")
-        partial.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        # JSON has no NaN or infinity: they become null.
+        content = json.loads(json.dumps(self.to_dict()), parse_constant=lambda name: None)
+        partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         partial.replace(target)
 
     def plot(self, path: str | os.PathLike[str]) -> None:

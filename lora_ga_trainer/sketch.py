@@ -65,6 +65,10 @@ class Estimator(Protocol):
 
     sketched: bool
 
+    @property
+    def directions(self) -> int:
+        """How many singular triplets `svd` can give."""
+
     def add(self, x: Tensor, dy: Tensor, weight: float) -> None:
         """Add `weight * dy^T x` for `x (N, in)`, `dy (N, out)`."""
 
@@ -95,6 +99,10 @@ class ExactGradient:
     def add(self, x: Tensor, dy: Tensor, weight: float) -> None:
         x, dy = _one_dtype(x, dy)
         _add_product(self.G, dy, x, weight)
+
+    @property
+    def directions(self) -> int:
+        return min(self.G.shape)
 
     def sums(self) -> list[Tensor]:
         return [self.G]
@@ -140,6 +148,10 @@ class SketchedGradient:
             self.T, self.L = _cast(self.T, x.dtype), _cast(self.L, x.dtype)
         _add_product(self.Y, dy, x @ self.T, weight)  # G T = sum dy^T (x T)
         _add_product(self.Z, x, dy @ self.L, weight)  # G^T L = sum x^T (dy L)
+
+    @property
+    def directions(self) -> int:
+        return self.k
 
     def sums(self) -> list[Tensor]:
         return [self.Y, self.Z]
@@ -318,6 +330,8 @@ def restore_estimator(state: dict[str, Tensor], shape: tuple[int, int]) -> Estim
         exact.G = state["G"]
         return exact
     columns = state["T"].shape[-1]
+    if columns <= _HELD_OUT:
+        raise KeyError(f"T has {columns} columns, a sketch has more than {_HELD_OUT}")
     _require_shape(
         state, T=(in_features, columns), L=(out_features, columns), Y=(out_features, columns), Z=(in_features, columns)
     )

@@ -607,7 +607,7 @@ def test_two_processes_give_the_start_of_one(tmp_path: Any) -> None:
     assert reports[0]["items"] == one.lora_ga_report.items
     for ours, theirs in zip(one.lora_ga_report.layers, reports[0]["layers"], strict=True):
         assert ours.singular_values == pytest.approx(theirs["singular_values"], rel=1e-4)
-    # The start agrees to rounding (signs are fixed); AdamW then moves an entry whose gradient is near zero by its sign.
+    # The start agrees to rounding (signs are fixed); AdamW then moves entries of near-zero gradient by their sign.
     mine = adapter_of(one)
     far = [((value - mine[name]).abs() > 1e-4).float().mean().item() for name, value in ranks[0].items()]
     assert max(far) < 0.02
