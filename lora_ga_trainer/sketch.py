@@ -27,37 +27,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .config import LoRAGAConfig
-
-
-# Gaussian columns beside the bases in the second pass: held out of the recovery, they measure what it misses.
-_HELD_OUT = 16
-
-
-class TopSVD(NamedTuple):
-    """
-    The strongest singular triplets of `G` and what they are worth.
-
-    Args:
-        U (out, k), S (k,), Vt (k, in): fp32, `S` descending.
-        total: `||G||^2`, estimated where the estimator is a sketch.
-        kept: energy that the k directions hold, relative to the best k; the smaller of the two sides, 1 if exact.
-    """
-
-    U: Tensor
-    S: Tensor
-    Vt: Tensor
-    total: float
-    kept: float
-
-    def share(self, r: int) -> float:
-        """Return the share of `||G||^2` that the top r directions hold."""
-        return min(self.S[:r].double().square().sum().item() / self.total, 1.0) if self.total > 0 else 0.0
+from .recovery import HELD_OUT, TopSVD, recover
 
 
 class Estimator(Protocol):
@@ -159,9 +135,9 @@ class SketchedGradient:
     def turn(self) -> None:
         basis_in, basis_out = torch.linalg.qr(_wide(self.Z)).Q.float(), torch.linalg.qr(_wide(self.Y)).Q.float()
         device = self.T.device
-        self.T = torch.cat([basis_in.to(device), gaussian(basis_in.shape[0], _HELD_OUT, self.seed + 2, device)], dim=1)
+        self.T = torch.cat([basis_in.to(device), gaussian(basis_in.shape[0], HELD_OUT, self.seed + 2, device)], dim=1)
         self.L = torch.cat(
-            [basis_out.to(device), gaussian(basis_out.shape[0], _HELD_OUT, self.seed + 3, device)], dim=1
+            [basis_out.to(device), gaussian(basis_out.shape[0], HELD_OUT, self.seed + 3, device)], dim=1
         )
         self._start_pass()
 
@@ -174,71 +150,6 @@ class SketchedGradient:
 
     def svd(self, k: int) -> TopSVD:
         return recover(*(_wide(tensor) for tensor in (self.T, self.L, self.Y, self.Z)), k)
-
-
-def recover(
-    T: Tensor,  # (in, t + 16): t orthonormal columns, then 16 Gaussian ones
-    L: Tensor,  # (out, t + 16): the same on the other side
-    Y: Tensor,  # (out, t + 16) = G T
-    Z: Tensor,  # (in, t + 16) = G^T L
-    k: int,
-) -> TopSVD:
-    """Recover the top `k` singular triplets of `G` from its second-pass sketches; all fp64."""
-    scale = max(Y.abs().max().item(), Z.abs().max().item())
-    if scale == 0:
-        zero = torch.zeros(k, dtype=torch.float32, device=Y.device)
-        return TopSVD(L[:, :k].float(), zero, T[:, :k].T.float(), total=0.0, kept=1.0)
-    Y, Z = Y / scale, Z / scale
-    t = T.shape[1] - _HELD_OUT
-    (T, w), (L, z) = T.split([t, _HELD_OUT], dim=1), L.split([t, _HELD_OUT], dim=1)
-    (Y, Gw), (Z, Gz) = Y.split([t, _HELD_OUT], dim=1), Z.split([t, _HELD_OUT], dim=1)
-    # One more half step of subspace iteration: Y spans more of U than L, Z more of V than T. Half the columns are
-    # kept; the least squares below needs more equations than unknowns.
-    m = max(k, t // 2)
-    Q = torch.linalg.svd(Y, full_matrices=False).U[:, :m]  # (out, m)
-    P = torch.linalg.svd(Z, full_matrices=False).U[:, :m]  # (in, m)
-    C = _core(L.T @ Q, Z.T @ P, T.T @ P, Y.T @ Q)
-    U_c, S, Vt_c = torch.linalg.svd(C)
-    U, S, Vt = Q @ U_c[:, :k], S[:k], (P @ Vt_c[:k].T).T
-    # ||U^T G||^2 = ||S||^2 + the part of U^T G outside V, measured on the held-out columns; the same for G V.
-    held = S.square().sum()
-    of_u = held + (U.T @ Gw - S[:, None] * (Vt @ w)).square().sum() / _HELD_OUT
-    of_v = held + (Vt @ Gz - S[:, None] * (U.T @ z)).square().sum() / _HELD_OUT
-    best = torch.maximum(of_u + of_v - held, torch.maximum(of_u, of_v))
-    kept = (torch.minimum(of_u, of_v) / best).item()
-    total = (_total(Y, Gw, T, w) + _total(Z, Gz, L, z)) / 2 * scale**2
-    return TopSVD(U.float(), (S * scale).float(), Vt.float(), total=total.item(), kept=kept)
-
-
-def _core(
-    LQ: Tensor,  # (t, m) = L^T Q
-    left: Tensor,  # (t, m) = L^T G P
-    TP: Tensor,  # (t, m) = T^T P
-    right: Tensor,  # (t, m) = T^T G^T Q
-) -> Tensor:  # (m, m)
-    """
-    Find the `C` with `G ~ Q C P^T` that fits both sketches best.
-
-    Minimising `||LQ C - left||^2 + ||TP C^T - right||^2` gives `LQ^T LQ C + C TP^T TP = LQ^T left + right^T TP`, a
-    Sylvester
-    equation with symmetric coefficients: two eigendecompositions solve it.
-    """
-    a, X = torch.linalg.eigh(LQ.T @ LQ)
-    b, W = torch.linalg.eigh(TP.T @ TP)
-    rhs = LQ.T @ left + right.T @ TP
-    denominator = a.clamp(min=0)[:, None] + b.clamp(min=0)[None, :]
-    denominator = denominator.clamp(min=1e-10 * denominator.max().item())
-    return X @ ((X.T @ rhs @ W) / denominator) @ W.T
-
-
-def _total(
-    Y: Tensor,  # (out, t) = G T
-    Gw: Tensor,  # (out, 16)
-    T: Tensor,  # (in, t), orthonormal
-    w: Tensor,  # (in, 16), Gaussian
-) -> Tensor:  # ()
-    """Estimate `||G||^2 = ||G T||^2 + ||G (I - T T^T)||^2`, the second term from the Gaussian columns."""
-    return Y.square().sum() + (Gw - Y @ (T.T @ w)).square().sum() / _HELD_OUT
 
 
 @lru_cache(maxsize=64)
@@ -330,13 +241,13 @@ def restore_estimator(state: dict[str, Tensor], shape: tuple[int, int]) -> Estim
         exact.G = state["G"]
         return exact
     columns = state["T"].shape[-1]
-    if columns <= _HELD_OUT:
-        raise KeyError(f"T has {columns} columns, a sketch has more than {_HELD_OUT}")
+    if columns <= HELD_OUT:
+        raise KeyError(f"T has {columns} columns, a sketch has more than {HELD_OUT}")
     _require_shape(
         state, T=(in_features, columns), L=(out_features, columns), Y=(out_features, columns), Z=(in_features, columns)
     )
     sketch = SketchedGradient.__new__(SketchedGradient)
-    sketch.k, sketch.seed = columns - _HELD_OUT, 0
+    sketch.k, sketch.seed = columns - HELD_OUT, 0
     sketch.T, sketch.L, sketch.Y, sketch.Z = (state[name] for name in ("T", "L", "Y", "Z"))
     return sketch
 

