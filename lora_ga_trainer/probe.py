@@ -17,7 +17,7 @@ from .anchor import factor_rank
 from .borrow import borrowed, preserved_rng
 from .config import LoRAGAConfig
 from .engines import probed_module, sum_over_processes
-from .layers import AdaptedLayer
+from .layers import AdaptedLayer, find_adapted_layers, require_peft_model
 from .samples import (
     IGNORED_LABEL,
     Piece,
@@ -88,7 +88,7 @@ class GradientEstimate:
 def estimate_gradients(
     trainer: Trainer,
     config: LoRAGAConfig,
-    layers: Sequence[AdaptedLayer],
+    layers: Sequence[AdaptedLayer] | None = None,
     probe_dataset: Dataset | None = None,
 ) -> GradientEstimate:
     """
@@ -102,7 +102,7 @@ def estimate_gradients(
     Args:
         trainer: a trainer whose model is prepared (any time after `on_train_begin`).
         config: `num_samples`, `estimator`, `sketch_size`, `probe_seed` and `allow_unreached` are read.
-        layers: the layers to look at.
+        layers: the layers to look at; default all that the model's active adapter trains.
         probe_dataset: examples to use instead of the trainer's `train_dataset`.
 
     Raises:
@@ -111,6 +111,8 @@ def estimate_gradients(
         `NonFiniteGradient`: naming the batch and the layer.
     """
     model = probed_module(trainer)
+    if layers is None:
+        layers = find_adapted_layers(require_peft_model(trainer.accelerator.unwrap_model(trainer.model)))
     scales = FP16_LOSS_SCALES if _uses_fp16(trainer, layers) else (1.0,)
     for scale in scales:
         with borrowed(trainer, model, probe_dataset):

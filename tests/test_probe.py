@@ -42,7 +42,7 @@ def in_order(rows: list[dict[str, Any]], folder: Any, model: nn.Module, **change
 
 
 def probe(trainer: Trainer, config: LoRAGAConfig, **changes: Any) -> dict[str, Tensor]:
-    estimate = estimate_gradients(trainer, config, find_adapted_layers(trainer.model), **changes)
+    estimate = estimate_gradients(trainer, config, **changes)
     return {name: estimator.state()["G"].double() for name, estimator in estimate.estimators.items()}
 
 

