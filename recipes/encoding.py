@@ -1,0 +1,107 @@
+"""Turn rows into tokens and labels, one routine a task."""
+
+from collections.abc import Callable
+from typing import Any
+
+from arguments import DataArguments
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+
+IGNORED = -100  # the label that the loss leaves out
+Row = dict[str, Any]
+Features = dict[str, Any]
+
+
+def encode(
+    rows: Dataset,
+    args: DataArguments,
+    task: str,
+    tokenizer: PreTrainedTokenizerBase,
+    class_names: list[str] | None,
+) -> Dataset:
+    """
+    Turn every row into what the model takes.
+
+    Args:
+        rows (`Dataset`): text columns, as read.
+        args (`DataArguments`): which columns, which templates, how long.
+        task (`str`): `"causal-lm"`, `"sequence-classification"` or `"seq2seq"`.
+        tokenizer (`PreTrainedTokenizerBase`): the model's.
+        class_names (`list[str]`, *optional*): the names of classes 0, 1, ... for classification.
+
+    Returns:
+        `Dataset`: the tokenizer's columns and `labels`.
+
+    Raises:
+        `ValueError`: if a column is missing or empty, or `max_length` is more than the model can read.
+    """
+    if args.max_length > tokenizer.model_max_length:
+        raise ValueError(
+            f"max_length={args.max_length}, but {tokenizer.name_or_path} reads {tokenizer.model_max_length} tokens. "
+            f"Use --max_length {tokenizer.model_max_length} or less."
+        )
+    encoders: dict[str, Callable[[Row], Features]] = {
+        "causal-lm": lambda row: encode_completion(*fill_templates(row, args), tokenizer, args.max_length),
+        "seq2seq": lambda row: encode_pair(*fill_templates(row, args), tokenizer, args.max_length),
+        "sequence-classification": lambda row: encode_class(row, args, tokenizer, class_names or []),
+    }
+    return rows.map(encoders[task], remove_columns=rows.column_names, desc="encoding")
+
+
+def fill_templates(row: Row, args: DataArguments) -> tuple[str, str]:
+    """Return the prompt and the completion of a row, each put into its template."""
+    values = {**row, "prompt": text_of(row, args.prompt_field), "completion": text_of(row, args.completion_field)}
+    filled = []
+    for name in ("prompt_template", "completion_template"):
+        try:
+            filled.append(getattr(args, name).format(**values))
+        except (KeyError, IndexError, ValueError) as error:
+            raise ValueError(
+                f"{name}={getattr(args, name)!r} cannot be filled in ({error!r}). Put one of {', '.join(values)} into "
+                "braces, and write {{ and }} for braces that stay."
+            ) from error
+    return filled[0], filled[1]
+
+
+def text_of(row: Row, name: str) -> str:
+    """Return a row's value as text, or say what is missing."""
+    if row.get(name) is None:
+        raise ValueError(f"a row has no {name!r}: {str(row)[:200]}. Name the right column, or mend the data.")
+    return str(row[name])
+
+
+def encode_completion(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Features:
+    """
+    Encode a prompt and its completion as one sequence whose labels are the completion's tokens and the end token.
+
+    The two are encoded apart, as they are when the model writes: no token spans the border. What is too long loses
+    the start of the prompt first (a start token stays); a completion longer than `max_length` by itself loses its end.
+    """
+    body = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    whole, bos = tokenizer(prompt)["input_ids"], [tokenizer.bos_token_id]
+    start = bos if whole[:1] == bos and body[:1] != bos else []  # some tokenizers put one before every text
+    tail = [*tokenizer(completion, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    tail = tail[: max_length - len(start)]
+    too_many = max(0, len(start) + len(body) + len(tail) - max_length)
+    head = start + body[too_many:]
+    ids = head + tail
+    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [IGNORED] * len(head) + tail}
+
+
+def encode_pair(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Features:
+    """Encode a prompt for the encoder and its completion for the decoder, each cut at its end."""
+    features = dict(tokenizer(prompt, truncation=True, max_length=max_length))
+    features["labels"] = tokenizer(text_target=completion, truncation=True, max_length=max_length)["input_ids"]
+    return features
+
+
+def encode_class(
+    row: Row, args: DataArguments, tokenizer: PreTrainedTokenizerBase, class_names: list[str]
+) -> Features:
+    """Encode the text, or pair of texts, of a row and the number of its class."""
+    texts = [text_of(row, name) for name in (args.text_field, args.text_pair_field) if name is not None]
+    label = text_of(row, args.label_field)
+    if label not in class_names:
+        raise ValueError(f"a held-out row has the class {label!r}; the training rows have {', '.join(class_names)}.")
+    return {**tokenizer(*texts, truncation=True, max_length=args.max_length), "labels": class_names.index(label)}

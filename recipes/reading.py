@@ -1,0 +1,74 @@
+"""Read rows: json, jsonl, csv, tsv, and folders of text files, one folder a class."""
+
+import csv
+from pathlib import Path
+
+import pandas
+from datasets import ClassLabel, Dataset, load_dataset
+
+
+SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
+UNQUOTED_TABS = {"sep": "\t", "quoting": csv.QUOTE_NONE}  # a .tsv file does not quote: a lone " is a character
+
+
+def read_local(path: str, column_names: list[str] | None = None) -> Dataset:
+    """
+    Read a file, or a folder of class folders, into one row an example.
+
+    Args:
+        path (`str`):
+            A `.json` (a list of objects), `.jsonl`, `.csv` or `.tsv` file, or a folder.
+        column_names (`list[str]`, *optional*):
+            The columns of a `.csv` or `.tsv` file without a header line.
+
+    Returns:
+        `Dataset`: the file's columns, all text for `.csv` and `.tsv`; `text` and `label` for a folder.
+
+    Raises:
+        `FileNotFoundError`: if there is nothing at `path`.
+        `ValueError`: if the suffix is none of these, or the folder holds no text files in class folders.
+    """
+    place = Path(path)
+    if not place.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder. A hub data set goes into dataset_name.")
+    if place.is_dir():
+        return _read_class_folders(place)
+    if place.suffix not in SUFFIXES:
+        raise ValueError(f"{path}: {place.suffix!r} is no known format. Use {', '.join(SUFFIXES)} or a folder.")
+    if place.suffix in (".json", ".jsonl"):
+        return load_dataset("json", data_files=path, split="train")
+    return _read_table(place, column_names)
+
+
+def read_hub(name: str, config: str | None, split: str, label_field: str) -> Dataset:
+    """Read one split of a hub data set, with class numbers turned into the names that it has for them."""
+    rows = load_dataset(name, config, split=split)
+    label = rows.features.get(label_field)
+    if isinstance(label, ClassLabel):
+        names = [None if number is None or number < 0 else label.names[number] for number in rows[label_field]]
+        rows = rows.remove_columns(label_field).add_column(label_field, names)
+    return rows
+
+
+def _read_table(file: Path, column_names: list[str] | None) -> Dataset:
+    options = UNQUOTED_TABS if file.suffix == ".tsv" else {}
+    # All of it as text, which `datasets`' own reader can't be asked for: "007" and "NA" stay what they are.
+    table = pandas.read_csv(file, names=column_names, dtype=str, keep_default_na=False, **options)
+    return Dataset.from_pandas(table, preserve_index=False)
+
+
+def _read_class_folders(folder: Path) -> Dataset:
+    files = sorted(folder.glob("*/*.txt"))
+    if not files:
+        raise ValueError(
+            f"{folder}: no text files at <class>/<name>.txt under it. Point to the folder of class folders."
+        )
+    return Dataset.from_dict({"text": [_read_text(file) for file in files], "label": [f.parent.name for f in files]})
+
+
+def _read_text(file: Path) -> str:
+    raw = file.read_bytes()
+    try:
+        return raw.decode("utf-8-sig").strip()
+    except UnicodeDecodeError:  # older corpora: Windows' Western alphabet
+        return raw.decode("cp1252", errors="replace").strip()
