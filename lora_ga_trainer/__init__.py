@@ -12,6 +12,7 @@ from .callback import LoRAGACallback
 from .config import LoRAGAConfig
 from .export import export_adapter
 from .factors import lora_ga_factors, lora_one_factors
+from .lora_pro import correct_gradients
 from .probe import GradientEstimate, estimate_gradients
 from .report import GradientReport
 from .trainer import LoRAGAMixin, LoRAGATrainer, Seq2SeqLoRAGATrainer
@@ -25,6 +26,7 @@ __all__ = [
     "LoRAGAMixin",
     "LoRAGATrainer",
     "Seq2SeqLoRAGATrainer",
+    "correct_gradients",
     "estimate_gradients",
     "export_adapter",
     "load_adapter",

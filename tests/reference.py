@@ -166,7 +166,9 @@ def lora_pro_reference(A, B, G, s):  # A (r, in), B (out, r), G (out, in) -> (ou
     r, in_features = A.shape
     out_features = B.shape[0]
     of_dA = torch.kron(B, torch.eye(in_features, dtype=torch.float64))
-    of_dB = torch.kron(torch.eye(out_features, dtype=torch.float64), A.T.contiguous())
+    # A real copy: for r = 1, `contiguous()` leaves strides that kron refuses.
+    A_T = A.T.clone(memory_format=torch.contiguous_format)
+    of_dB = torch.kron(torch.eye(out_features, dtype=torch.float64), A_T)
     system = s * torch.cat([of_dA, of_dB], dim=1)
     # The system never has full column rank, so the solver must be one that survives that: gelsd works by SVD.
     solution = torch.linalg.lstsq(system, G.reshape(-1, 1), driver="gelsd").solution.reshape(-1)
