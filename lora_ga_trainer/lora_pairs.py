@@ -11,7 +11,15 @@ from torch import Tensor, nn
 
 from .anchor import factor_rank, is_anchored
 from .layers import AdaptedLayer, find_lora_pairs
-from .lora_pro import CUTOFF, GramEigen, decompose, gram_matrices
+from .lora_pro import (
+    CUTOFF,
+    GramEigen,
+    apply_correction,
+    cross_products,
+    decompose,
+    gram_matrices,
+    solve_correction,
+)
 
 
 @dataclass
@@ -26,14 +34,23 @@ class PairBatch:
     s: Tensor  # (L,), fp64
 
 
-def batch_pairs(pairs: Iterable[AdaptedLayer]) -> list[PairBatch]:
-    """Stack the pairs, all of which have gradients, by shape, dtype, device and form."""
+def batch_pairs(pairs: Iterable[AdaptedLayer], most: float = float("inf")) -> list[PairBatch]:
+    """
+    Stack the pairs, all of which have gradients, by shape, dtype, device and form.
+
+    A batch of more than one pair stands for at most `most` entries of `W`.
+    """
     shapes: dict[tuple[Any, ...], list[AdaptedLayer]] = {}
     for pair in pairs:
         A, B = pair.lora_A.weight, pair.lora_B.weight
         key = (is_anchored(pair), A.shape, B.shape, A.dtype, B.dtype, A.device, B.device)
         shapes.setdefault(key, []).append(pair)
-    return [_stack(group) for group in shapes.values()]
+    batches = []
+    for group in shapes.values():
+        out_features, in_features = group[0].shape
+        length = int(min(len(group), max(1, most // (out_features * in_features))))
+        batches += [_stack(group[i : i + length]) for i in range(0, len(group), length)]
+    return batches
 
 
 def _stack(pairs: list[AdaptedLayer]) -> PairBatch:
@@ -65,6 +82,20 @@ def decompose_batches(batches: Sequence[PairBatch]) -> list[GramEigen]:
         parts = [part.split(sizes) for part in decompose(gram_A, gram_B, CUTOFF[dtype])]
         found.update(zip(indices, (GramEigen(*members) for members in zip(*parts, strict=True)), strict=True))
     return [found[index] for index in range(len(batches))]
+
+
+def stored_factors(batch: PairBatch) -> tuple[Tensor, Tensor]:  # (L, k, in), (L, out, k)
+    """Return stacked `lora_A.weight`, `lora_B.weight`, whose product times `s` is the net change of `W`."""
+    if not is_anchored(batch.pairs[0]):
+        return batch.A, batch.B
+    A = torch.stack([pair.lora_A.weight.detach() for pair in batch.pairs])
+    B = torch.stack([pair.lora_B.weight.detach() for pair in batch.pairs])
+    return A.to(batch.A.dtype), B.to(batch.A.dtype)
+
+
+def correct_batch(batch: PairBatch, eigen: GramEigen) -> tuple[Tensor, Tensor]:  # dA (L, r, in), dB (L, out, r)
+    factors = batch.A, batch.B, batch.gA, batch.gB
+    return apply_correction(solve_correction(eigen, *cross_products(*factors), batch.s), *factors)
 
 
 def stored_form(

@@ -13,13 +13,13 @@ from torch.optim import Optimizer
 
 from .lora_pairs import (
     batch_pairs,
+    correct_batch,
     decompose_batches,
     pairs_with_gradients,
     require_finite,
     stored_form,
     trained_pairs,
 )
-from .lora_pro import apply_correction, cross_products, solve_correction
 
 
 _SHARED_HOOKS = (
@@ -156,9 +156,7 @@ class LoRAProOptimizer(Optimizer):
             require_finite(batches, "LoRAProOptimizer")
         corrections: list[tuple[nn.Parameter, Tensor]] = []
         for batch, eigen in zip(batches, decompose_batches(batches), strict=True):
-            products = cross_products(batch.A, batch.B, batch.gA, batch.gB)
-            correction = solve_correction(eigen, *products, batch.s)
-            dAs, dBs = stored_form(batch, *apply_correction(correction, batch.A, batch.B, batch.gA, batch.gB))
+            dAs, dBs = stored_form(batch, *correct_batch(batch, eigen))
             for pair, dA, dB in zip(batch.pairs, dAs, dBs, strict=True):
                 corrections += [(pair.lora_A.weight, dA), (pair.lora_B.weight, dB)]
         return corrections
