@@ -27,6 +27,8 @@ class PairBatch:
     """Pairs of one shape, stacked; at least fp32. In anchored layers these are `A`, `B`, not the stored delta form."""
 
     pairs: list[AdaptedLayer]
+    weights_A: list[nn.Parameter]  # `lora_A.weight` of each pair: a look-up through modules costs as much as a launch
+    weights_B: list[nn.Parameter]
     A: Tensor  # (L, r, in)
     B: Tensor  # (L, out, r)
     gA: Tensor  # (L, r, in)
@@ -34,27 +36,28 @@ class PairBatch:
     s: Tensor  # (L,), fp64
 
 
-def batch_pairs(pairs: Iterable[AdaptedLayer], most: float = float("inf")) -> list[PairBatch]:
+def batch_pairs(pairs: Iterable[AdaptedLayer], most: int | None = None) -> list[PairBatch]:
     """
     Stack the pairs, all of which have gradients, by shape, dtype, device and form.
 
     A batch of more than one pair stands for at most `most` entries of `W`.
     """
-    shapes: dict[tuple[Any, ...], list[AdaptedLayer]] = {}
+    shapes: dict[tuple[Any, ...], list[tuple[AdaptedLayer, nn.Parameter, nn.Parameter]]] = {}
     for pair in pairs:
-        A, B = pair.lora_A.weight, pair.lora_B.weight
-        key = (is_anchored(pair), A.shape, B.shape, A.dtype, B.dtype, A.device, B.device)
-        shapes.setdefault(key, []).append(pair)
+        lora_A = pair.lora_A
+        A, B = lora_A.weight, pair.lora_B.weight
+        key = (type(lora_A), A.shape, B.shape, A.dtype, B.dtype, A.device, B.device)
+        shapes.setdefault(key, []).append((pair, A, B))
     batches = []
     for group in shapes.values():
-        out_features, in_features = group[0].shape
-        length = int(min(len(group), max(1, most // (out_features * in_features))))
-        batches += [_stack(group[i : i + length]) for i in range(0, len(group), length)]
+        out_features, in_features = group[0][0].shape
+        length = len(group) if most is None else max(1, most // (out_features * in_features))
+        for i in range(0, len(group), length):
+            batches.append(_stack(*(list(column) for column in zip(*group[i : i + length], strict=True))))
     return batches
 
 
-def _stack(pairs: list[AdaptedLayer]) -> PairBatch:
-    As, Bs = [pair.lora_A.weight for pair in pairs], [pair.lora_B.weight for pair in pairs]
+def _stack(pairs: list[AdaptedLayer], As: list[nn.Parameter], Bs: list[nn.Parameter]) -> PairBatch:
     dtype = torch.promote_types(torch.promote_types(As[0].dtype, Bs[0].dtype), torch.float32)
     A, B, gA, gB = (
         torch.stack(tensors).to(dtype)
@@ -66,7 +69,7 @@ def _stack(pairs: list[AdaptedLayer]) -> PairBatch:
         A, gA, gB = A[:, :r], gA[:, :r], gB[..., :r]
         B = B[..., :r] + B[..., r:]
     s = torch.tensor([pair.s for pair in pairs], dtype=torch.float64, device=A.device)
-    return PairBatch(pairs, A, B, gA, gB, s)
+    return PairBatch(pairs, As, Bs, A, B, gA, gB, s)
 
 
 def decompose_batches(batches: Sequence[PairBatch]) -> list[GramEigen]:
@@ -88,8 +91,8 @@ def stored_factors(batch: PairBatch) -> tuple[Tensor, Tensor]:  # (L, k, in), (L
     """Return stacked `lora_A.weight`, `lora_B.weight`, whose product times `s` is the net change of `W`."""
     if not is_anchored(batch.pairs[0]):
         return batch.A, batch.B
-    A = torch.stack([pair.lora_A.weight.detach() for pair in batch.pairs])
-    B = torch.stack([pair.lora_B.weight.detach() for pair in batch.pairs])
+    A = torch.stack([weight.detach() for weight in batch.weights_A])
+    B = torch.stack([weight.detach() for weight in batch.weights_B])
     return A.to(batch.A.dtype), B.to(batch.A.dtype)
 
 
@@ -111,8 +114,7 @@ def stored_form(
     if is_anchored(batch.pairs[0]):
         dA = torch.cat([dA, dA], dim=1)
         dB = torch.cat([dB, torch.zeros_like(dB)], dim=2)
-    first = batch.pairs[0]
-    return dA.to(first.lora_A.weight.dtype).unbind(), dB.to(first.lora_B.weight.dtype).unbind()
+    return dA.to(batch.weights_A[0].dtype).unbind(), dB.to(batch.weights_B[0].dtype).unbind()
 
 
 def trained_pairs(model: nn.Module, param_groups: list[dict[str, Any]], who: str) -> list[AdaptedLayer]:

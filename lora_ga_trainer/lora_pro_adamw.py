@@ -83,9 +83,9 @@ class LoRAProAdamW(Optimizer):
         self.state_dtype = state_dtype
         self.offload_state = offload_state
         self.error_if_nonfinite = error_if_nonfinite
-        self.pairs: list[AdaptedLayer] | None = None  # None: groups are still being added
+        self.pairs: list[AdaptedLayer] = []  # until all groups have been added
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self.pairs = trained_pairs(model, self.param_groups, "LoRAProAdamW")
+        self._find_pairs()
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__.copy()
@@ -95,11 +95,15 @@ class LoRAProAdamW(Optimizer):
         super().add_param_group(param_group)
         try:
             _require_options(self.param_groups[-1])
-            if self.pairs is not None:
-                self.pairs = trained_pairs(self.model, self.param_groups, "LoRAProAdamW")
+            if self.pairs:
+                self._find_pairs()
         except ValueError:
             self.param_groups.pop()
             raise
+
+    def _find_pairs(self) -> None:
+        self.pairs = trained_pairs(self.model, self.param_groups, "LoRAProAdamW")
+        self._factors = {p for pair in self.pairs for p in (pair.lora_A.weight, pair.lora_B.weight)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """
@@ -112,7 +116,7 @@ class LoRAProAdamW(Optimizer):
         own = [parameter for group in self.param_groups for parameter in group["params"]]
         saved = dict(zip(map(id, own), (key for group in saved_groups for key in group), strict=False))
         moments: dict[nn.Parameter, dict[str, Tensor]] = {}
-        for pair in self.pairs or ():
+        for pair in self.pairs:
             state = state_dict["state"].get(saved.get(id(pair.lora_A.weight)), {})
             for key in _MOMENTS:
                 if key in state:
@@ -149,8 +153,9 @@ class LoRAProAdamW(Optimizer):
         for batch, eigen, group in zip(batches, decompose_batches(batches), groups, strict=True):
             dA, dB = self._correct_moments(batch, eigen, group)
             lr = float(group["lr"])
-            for side, steps in zip(("lora_A", "lora_B"), stored_form(batch, lr * dA, lr * dB), strict=True):
-                torch._foreach_sub_([getattr(pair, side).weight for pair in batch.pairs], list(steps))
+            steps_A, steps_B = stored_form(batch, lr * dA, lr * dB)
+            torch._foreach_sub_(batch.weights_A, list(steps_A))
+            torch._foreach_sub_(batch.weights_B, list(steps_B))
 
     def _correct_moments(
         self, batch: PairBatch, eigen: GramEigen, group: dict[str, Any]
@@ -175,7 +180,10 @@ class LoRAProAdamW(Optimizer):
 
     def _count(self, batch: PairBatch) -> list[float]:
         """Count this step for every pair."""
-        counts = [self.state[pair.lora_A.weight].setdefault("step", torch.tensor(0.0)) for pair in batch.pairs]
+        for A in batch.weights_A:
+            if "step" not in self.state[A]:
+                self.state[A]["step"] = torch.tensor(0.0)
+        counts = [self.state[A]["step"] for A in batch.weights_A]
         torch._foreach_add_(counts, 1.0)
         return [count.item() for count in counts]
 
@@ -189,7 +197,7 @@ class LoRAProAdamW(Optimizer):
 
     def _stacked(self, batch: PairBatch, key: str) -> Tensor:  # (L, out, in)
         """Return one moment of a batch as a single buffer, of which the entries of `state` are slices."""
-        factors = [pair.lora_A.weight for pair in batch.pairs]
+        factors = batch.weights_A
         parts = [self.state[A].get(key) for A in factors]
         first = parts[0]
         shape = (len(parts), *batch.pairs[0].shape)
@@ -207,9 +215,8 @@ class LoRAProAdamW(Optimizer):
         return whole
 
     def _step_others(self) -> None:
-        paired = {id(p) for pair in self.pairs for p in (pair.lora_A.weight, pair.lora_B.weight)}
         for group in self.param_groups:
-            others = [p for p in group["params"] if p.grad is not None and id(p) not in paired]
+            others = [p for p in group["params"] if p.grad is not None and p not in self._factors]
             for p in others:
                 if not self.state[p]:
                     self.state[p].update(step=torch.tensor(0.0), **{key: torch.zeros_like(p) for key in _MOMENTS})

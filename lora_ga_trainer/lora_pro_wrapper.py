@@ -157,8 +157,8 @@ class LoRAProOptimizer(Optimizer):
         corrections: list[tuple[nn.Parameter, Tensor]] = []
         for batch, eigen in zip(batches, decompose_batches(batches), strict=True):
             dAs, dBs = stored_form(batch, *correct_batch(batch, eigen))
-            for pair, dA, dB in zip(batch.pairs, dAs, dBs, strict=True):
-                corrections += [(pair.lora_A.weight, dA), (pair.lora_B.weight, dB)]
+            corrections += zip(batch.weights_A, dAs, strict=True)
+            corrections += zip(batch.weights_B, dBs, strict=True)
         return corrections
 
 
