@@ -12,6 +12,9 @@ from .callback import LoRAGACallback
 from .config import LoRAGAConfig
 from .export import export_adapter
 from .factors import lora_ga_factors, lora_one_factors
+from .lora_pro import correct_gradients
+from .lora_pro_adamw import LoRAProAdamW
+from .lora_pro_wrapper import LoRAProOptimizer
 from .probe import GradientEstimate, estimate_gradients
 from .report import GradientReport
 from .trainer import LoRAGAMixin, LoRAGATrainer, Seq2SeqLoRAGATrainer
@@ -24,7 +27,10 @@ __all__ = [
     "LoRAGAConfig",
     "LoRAGAMixin",
     "LoRAGATrainer",
+    "LoRAProAdamW",
+    "LoRAProOptimizer",
     "Seq2SeqLoRAGATrainer",
+    "correct_gradients",
     "estimate_gradients",
     "export_adapter",
     "load_adapter",

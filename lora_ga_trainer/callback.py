@@ -16,9 +16,11 @@ from transformers.trainer_utils import get_last_checkpoint
 from .anchor import anchored_parameter_names
 from .checkpoint import require_resumable
 from .config import LoRAGAConfig
+from .correction import asked_for, bare_optimizer
 from .engines import require_supported
 from .head_warmup import warm_up_heads
 from .layers import find_adapted_layers
+from .lora_pro_adamw import LoRAProAdamW
 from .prepare import prepare_adapter, require_config
 from .probe_file import require_probe_folder
 from .record import StartRecord, record_of_model
@@ -71,13 +73,15 @@ class LoRAGACallback(TrainerCallback):
         self.probe_dataset = probe_dataset
         self.report: GradientReport | None = None
         self._warm_model: Callable[[], nn.Module | None] = lambda: None
+        _require_optimizer_builder(trainer, self.config)
         if self.config.init != "none":
             require_supported(trainer)
             require_probe_folder(self.config)
             _require_examples(trainer.train_dataset if probe_dataset is None else probe_dataset)
             prepare_adapter(trainer.model, self.config, optimizer=trainer.optimizer)
         if record_of_model(trainer.model) is not None:
-            _keep_out_of_weight_decay(trainer)
+            if self.config.correction != "lora_pro_adamw":
+                _keep_out_of_weight_decay(trainer)
             _check_checkpoints(trainer)
 
     def on_train_begin(
@@ -127,6 +131,15 @@ class LoRAGACallback(TrainerCallback):
             logger.warning("%s was not written (%s). Training goes on.", folder / REPORT_NAME, error)
 
 
+def _require_optimizer_builder(trainer: Trainer, config: LoRAGAConfig) -> None:
+    what = asked_for(config)
+    if what is not None and not getattr(trainer, "builds_its_optimizer", False):
+        raise ValueError(
+            f"LoRAGACallback: {what} is built when the Trainer makes its optimizer, where a callback has no say. Use "
+            "LoRAGATrainer or LoRAGAMixin, or pass `optimizers=(LoRAProOptimizer(...), None)` to the Trainer yourself."
+        )
+
+
 def _require_examples(dataset: Any) -> None:
     if hasattr(dataset, "__len__") and len(dataset) == 0:
         raise ValueError(
@@ -169,6 +182,8 @@ def _require_no_decay(trainer: Trainer, model: nn.Module) -> None:
     Raises:
         `ValueError`: naming a parameter.
     """
+    # LoRAProAdamW decays the net update s (B A - B0 A0), which leaves the halves tied and B0 alone.
+    net_decay = isinstance(bare_optimizer(trainer), LoRAProAdamW)
     decay = {
         id(parameter): group.get("weight_decay", 0.0)
         for group in trainer.optimizer.param_groups
@@ -181,7 +196,7 @@ def _require_no_decay(trainer: Trainer, model: nn.Module) -> None:
                 f"{name}: the optimizer does not hold this trained parameter; it was made for another model, or "
                 "before the adapter was anchored. Let the Trainer make the optimizer (`optimizer_cls_and_kwargs`)."
             )
-        if decay[id(parameters[name])] != 0.0:
+        if decay[id(parameters[name])] != 0.0 and not net_decay:
             raise ValueError(
                 f"{name}: the optimizer applies weight_decay={decay[id(parameters[name])]} to an anchored parameter, "
                 "which would untie its halves. Let the Trainer make the optimizer (`optimizer_cls_and_kwargs`), or "

@@ -11,7 +11,8 @@ INITS = ("lora_ga", "lora_one", "none")
 DIRECTIONS = ("ArB2r", "A2rBr", "ArBr", "random")
 SCALES = ("stable", "unit", "gd", "weight_svd")
 ESTIMATORS = ("sketch", "exact")
-CORRECTIONS = ("none",)
+CORRECTIONS = ("none", "lora_pro", "lora_pro_adamw")
+STATE_DTYPES = ("float32", "bfloat16")
 DEFAULT_GAMMA = {"lora_ga": 16.0, "lora_one": 128.0, "none": 16.0}
 
 
@@ -75,7 +76,35 @@ class LoRAGAConfig:
     )
     correction: str = field(
         default="none",
-        metadata={"help": "How the optimizer corrects the adapter's gradients: 'none'."},
+        metadata={
+            "help": "How the optimizer corrects the adapter's gradients (LoRA-Pro, arXiv 2407.18242). 'lora_pro': the "
+            "optimizer of the training arguments, whichever it is, steps with corrected gradients. 'lora_pro_adamw': "
+            "AdamW on the equivalent gradient of the full weight; it keeps two buffers of the size of every adapted "
+            "weight and wants a learning rate of full fine-tuning. Needs LoRAGATrainer or LoRAGAMixin."
+        },
+    )
+    lora_pro_state_dtype: str = field(
+        default="float32",
+        metadata={"help": "Dtype of the moments that 'lora_pro_adamw' keeps: 'float32' or 'bfloat16'."},
+    )
+    lora_pro_offload_state: bool = field(
+        default=False,
+        metadata={"help": "Keep the moments of 'lora_pro_adamw' in the host's memory."},
+    )
+    loraplus_lr_ratio: float | None = field(
+        default=None,
+        metadata={
+            "help": "Use PEFT's LoRA+ optimizer: the learning rate of B is this many times that of A (arXiv "
+            "2402.12354). Not together with a correction."
+        },
+    )
+    riemannian_reg: float | None = field(
+        default=None,
+        metadata={
+            "help": "Use PEFT's Riemannian-preconditioned optimizer with this damping (arXiv 2402.02347; LoRA-One's "
+            "preconditioner). Not together with a correction or init='lora_ga'. PEFT puts every parameter into one "
+            "group, so weight decay reaches biases too."
+        },
     )
     head_warmup_steps: int = field(
         default=0,
@@ -113,6 +142,7 @@ class LoRAGAConfig:
             ("scale", SCALES),
             ("estimator", ESTIMATORS),
             ("correction", CORRECTIONS),
+            ("lora_pro_state_dtype", STATE_DTYPES),
         ):
             value = getattr(self, name)
             if value not in allowed:
@@ -125,17 +155,45 @@ class LoRAGAConfig:
                 raise ValueError(f"LoRAGAConfig: {name}={value!r} must be a whole number of at least {least}.")
         if self.gamma is None:
             self.gamma = DEFAULT_GAMMA[self.init]
-        for name in ("gamma", "head_warmup_learning_rate"):
+        for name in ("gamma", "head_warmup_learning_rate", "loraplus_lr_ratio", "riemannian_reg"):
             value = getattr(self, name)
+            if value is None and name in ("loraplus_lr_ratio", "riemannian_reg"):
+                continue
             if type(value) not in (int, float) or not 0 < value < math.inf:
                 raise ValueError(
                     f"LoRAGAConfig: {name}={value!r} must be a number greater than 0. (YAML reads 1e-3 as a word and "
                     "1.0e-3 as a number.)"
                 )
-        if type(self.allow_unreached) is not bool:
-            raise ValueError(f"LoRAGAConfig: allow_unreached={self.allow_unreached!r} must be True or False.")
+        for name in ("allow_unreached", "lora_pro_offload_state"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"LoRAGAConfig: {name}={getattr(self, name)!r} must be True or False.")
         if not isinstance(self.probe_file, (str, type(None))):
             raise ValueError(f"LoRAGAConfig: probe_file={self.probe_file!r} must be a path as a string, or None.")
+
+        self._require_one_optimizer()
+
+    def _require_one_optimizer(self) -> None:
+        """Refuse settings of which each asks for an optimizer of its own, or that would change nothing."""
+        asked = [name for name in ("loraplus_lr_ratio", "riemannian_reg") if getattr(self, name) is not None]
+        if self.correction != "none":
+            asked.insert(0, f"correction={self.correction!r}")
+        if len(asked) > 1:
+            raise ValueError(
+                f"LoRAGAConfig: {' and '.join(asked)} each change the same gradients or groups. Choose one of them."
+            )
+        if self.riemannian_reg is not None and self.init == "lora_ga":
+            raise ValueError(
+                f"LoRAGAConfig: riemannian_reg={self.riemannian_reg} does not go with init='lora_ga', whose factors "
+                "are stored in delta form: the Gram matrices would be those of [A; A - A0], [B - B0, B0], not of A "
+                "and B. Use init='lora_one' with it, or correction='lora_pro' with 'lora_ga'."
+            )
+        if self.correction != "lora_pro_adamw":
+            for name, default in (("lora_pro_state_dtype", "float32"), ("lora_pro_offload_state", False)):
+                if getattr(self, name) != default:
+                    raise ValueError(
+                        f"LoRAGAConfig: {name}={getattr(self, name)!r} is for correction='lora_pro_adamw' and would "
+                        f"do nothing with correction={self.correction!r}. Leave it out, or choose that correction."
+                    )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values that JSON can hold."""

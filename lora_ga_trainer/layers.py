@@ -172,3 +172,38 @@ def is_trained(layer: AdaptedLayer) -> bool:
     # A random vector in the null space of a nonzero B A has probability zero, and B (A v) needs no (out, in) buffer.
     v = torch.randn(A.shape[1], generator=torch.Generator().manual_seed(0), dtype=A.dtype).to(A.device)
     return bool((B @ (A @ v)).any())
+
+
+def find_lora_pairs(model: nn.Module) -> tuple[list[AdaptedLayer], dict[str, nn.Parameter]]:
+    """
+    Find the factors of every adapter of a model, wrapped or not, active or not.
+
+    Returns:
+        The linear layers `A (r, in)`, `B (out, r)`, one entry a layer and adapter, and by name the LoRA parameters
+        that are in no such pair: those of embeddings, convolutions and fused experts.
+    """
+    pairs, paired = [], set()
+    others: dict[str, nn.Parameter] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        for adapter in module.r:
+            pair = AdaptedLayer(name, module, adapter)
+            if _is_linear_pair(pair):
+                pairs.append(pair)
+                paired |= {id(pair.lora_A.weight), id(pair.lora_B.weight)}
+        for group in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"):
+            for key, parameter in getattr(module, group).named_parameters():
+                if not key.endswith(".bias"):
+                    others[f"{name}.{group}.{key}"] = parameter
+    return pairs, {name: parameter for name, parameter in others.items() if id(parameter) not in paired}
+
+
+def _is_linear_pair(pair: AdaptedLayer) -> bool:
+    if pair.adapter not in pair.module.lora_A:
+        return False
+    A, B, r = pair.lora_A, pair.lora_B, pair.rank
+    out_features, in_features = pair.shape
+    # Fused experts keep (experts * r, in) in an nn.Linear: the shapes tell.
+    linear = isinstance(A, nn.Linear) and isinstance(B, nn.Linear)
+    return linear and A.weight.shape == (r, in_features) and B.weight.shape == (out_features, r)

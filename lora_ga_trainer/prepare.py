@@ -77,12 +77,13 @@ def prepare_adapter(model: nn.Module, config: LoRAGAConfig, optimizer: torch.opt
     model.peft_config[adapter] = attach_record(peft_config, record)
     if record.anchored:
         expand_adapter(model, layers)
+        net_decay = config.correction == "lora_pro_adamw"
         logger.info(
-            "Adapter %r is anchored: rank %d is stored as %d, `lora_alpha` is scaled to keep s, and weight decay "
-            "leaves its factors alone.",
+            "Adapter %r is anchored: rank %d is stored as %d, `lora_alpha` is scaled to keep s, and weight decay %s.",
             adapter,
             record.rank,
             2 * record.rank,
+            "acts on its net update" if net_decay else "leaves its factors alone",
         )
 
 

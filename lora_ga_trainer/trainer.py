@@ -13,6 +13,7 @@ from transformers import Seq2SeqTrainer, Trainer
 from .anchor import anchored_parameter_names, counted_gradients
 from .callback import LoRAGACallback
 from .config import LoRAGAConfig
+from .correction import asked_for, build_optimizer, require_correctable
 from .engines import clips_plain_gradients
 from .prepare import prepare_adapter, require_config
 from .report import GradientReport
@@ -37,6 +38,8 @@ class LoRAGAMixin:
         lora_ga_report (`GradientReport` or `None`): of the initialisation, once `train()` has begun.
     """
 
+    builds_its_optimizer = True  # tells LoRAGACallback that `correction` is in good hands
+
     def __init__(
         self,
         *args: Any,
@@ -46,6 +49,7 @@ class LoRAGAMixin:
     ) -> None:
         self.lora_ga_config = require_config(lora_ga_config)
         super().__init__(*args, **kwargs)
+        require_correctable(self, self.lora_ga_config)
         self._lora_ga_callback = LoRAGACallback(self, self.lora_ga_config, probe_dataset)
         self.add_callback(self._lora_ga_callback)
 
@@ -59,6 +63,18 @@ class LoRAGAMixin:
         if self.lora_ga_config.init != "none":
             prepare_adapter(model, self.lora_ga_config)
         return model
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """
+        Make the Trainer's optimizer from `TrainingArguments.optim`, and what the config asks for around it.
+
+        `max_grad_norm` is applied before the correction, to the gradients of the loss: see [`LoRAProOptimizer`].
+        """
+        create = lambda: super(LoRAGAMixin, self).create_optimizer(*(() if model is None else (model,)))
+        if asked_for(self.lora_ga_config) is None:
+            return create()
+        self.optimizer = build_optimizer(self, self.lora_ga_config, create)
+        return self.optimizer
 
     def _adapt(self, model: nn.Module) -> nn.Module:
         """Put an adapter on a model; here it must have one already."""

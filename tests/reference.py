@@ -166,13 +166,55 @@ def lora_pro_reference(A, B, G, s):  # A (r, in), B (out, r), G (out, in) -> (ou
     r, in_features = A.shape
     out_features = B.shape[0]
     of_dA = torch.kron(B, torch.eye(in_features, dtype=torch.float64))
-    of_dB = torch.kron(torch.eye(out_features, dtype=torch.float64), A.T.contiguous())
+    # A real copy: for r = 1, `contiguous()` leaves strides that kron refuses.
+    A_T = A.T.clone(memory_format=torch.contiguous_format)
+    of_dB = torch.kron(torch.eye(out_features, dtype=torch.float64), A_T)
     system = s * torch.cat([of_dA, of_dB], dim=1)
     # The system never has full column rank, so the solver must be one that survives that: gelsd works by SVD.
     solution = torch.linalg.lstsq(system, G.reshape(-1, 1), driver="gelsd").solution.reshape(-1)
     dA = solution[: r * in_features].reshape(r, in_features)
     dB = solution[r * in_features :].reshape(out_features, r)
     return s * (B @ dA + dB @ A)
+
+
+def lora_pro_correction_reference(A, B, gA, gB, s):  # (r, in), (out, r), (r, in), (out, r) -> dA, dB
+    """Return the corrected gradients of Theorem 2.1 with the `X` of Theorem 2.3, for factors of full rank.
+
+    The Sylvester equation `B^T B X + X A A^T = C` is solved as one linear system: with row-major vec,
+    `vec(M X) = (M x I) vec(X)` and `vec(X N) = (I x N^T) vec(X)`.
+    """
+    r = A.shape[0]
+    gram_B, gram_A = B.T @ B, A @ A.T
+    inverse_B, inverse_A = torch.linalg.inv(gram_B), torch.linalg.inv(gram_A)
+    identity = torch.eye(r, dtype=torch.float64)
+    C = -inverse_B @ gA @ A.T / s**2
+    system = torch.kron(gram_B, identity) + torch.kron(identity, gram_A)
+    X = torch.linalg.solve(system, C.reshape(-1)).reshape(r, r)
+    dA = inverse_B @ gA / s**2 + X @ A
+    dB = (gB - B @ inverse_B @ B.T @ gB) @ inverse_A / s**2 - B @ X
+    return dA, dB
+
+
+def lora_pro_adamw_reference(A, B, gradients, s, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):  # -> A, B
+    """Walk LoRA-Pro's AdamW (2407.18242, Algorithm 1), with weight decay on the net update `s B A`.
+
+    Args:
+        gradients: called with `(A, B)`, returns `gA, gB`. Called once a step, as often as it yields something.
+    """
+    beta1, beta2 = betas
+    first = second = torch.zeros(B.shape[0], A.shape[1], dtype=torch.float64)
+    t = 0
+    while (found := gradients(A, B)) is not None:
+        t += 1
+        dA, dB = lora_pro_correction_reference(A, B, *found, s)
+        equivalent = s * (B @ dA + dB @ A)
+        first = beta1 * first + (1 - beta1) * equivalent
+        second = beta2 * second + (1 - beta2) * equivalent**2
+        step = first / (1 - beta1**t) / ((second / (1 - beta2**t)).sqrt() + eps)
+        step = step + weight_decay * s * B @ A
+        dA, dB = lora_pro_correction_reference(A, B, s * B.T @ step, s * step @ A.T, s)
+        A, B = A - lr * dA, B - lr * dB
+    return A, B
 
 
 def whole_sample_gradient(

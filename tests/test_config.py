@@ -33,7 +33,7 @@ def test_gamma_follows_the_init_unless_it_is_given(init, gamma):
         ("direction", "ArB3r", "ArB2r, A2rBr, ArBr, random"),
         ("scale", "huge", "stable, unit, gd, weight_svd"),
         ("estimator", "svd", "sketch, exact"),
-        ("correction", "lora_prod", "none"),
+        ("correction", "lora_prod", "none, lora_pro, lora_pro_adamw"),
     ],
 )
 def test_an_unknown_name_is_refused_with_the_names_that_exist(name, value, way_out):
