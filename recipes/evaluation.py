@@ -68,3 +68,9 @@ def add_perplexity(metrics: dict[str, float], task: str) -> dict[str, float]:
     if task == "sequence-classification":
         return metrics
     return {**metrics, "eval_perplexity": math.exp(metrics["eval_loss"])}
+
+
+def headline(metrics: dict[str, float]) -> str:
+    """Return the metrics on held-out rows in one line, without those of the run's speed."""
+    speed = ("_runtime", "_per_second", "epoch")
+    return " ".join(f"{name}={value:.4f}" for name, value in metrics.items() if not name.endswith(speed))

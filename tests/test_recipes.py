@@ -486,6 +486,20 @@ def test_a_causal_model_reports_perplexity_and_saves_what_peft_loads(
     assert not (tmp_path / "plain" / "lora_ga_report.json").exists()
 
 
+def test_a_classifier_counts_accumulated_batches_once(tmp_path, monkeypatch, tokenizer):
+    base = tmp_path / "base"
+    tiny.bert(vocab_size=len(tokenizer), num_labels=2).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    rows = [{"text": f"{a} {b}", "label": "early" if a < "d" else "late"} for a in WORDS[:6] for b in WORDS[:6]]
+    arguments = ("--model_name_or_path", str(base), "--task", "sequence-classification", "--learning_rate", "1e-6")
+    arguments += ("--train_file", write_jsonl(tmp_path / "rows.jsonl", rows), "--gradient_accumulation_steps", "4")
+    results = run_recipe(monkeypatch, tmp_path / "out", *arguments)
+    trained = json.loads((tmp_path / "out" / "train_results.json").read_text())
+    assert trained["train_loss"] == pytest.approx(np.log(2), rel=0.2)
+    assert {"eval_loss", "eval_accuracy", "eval_macro_f1"} <= results.keys()
+    assert json.loads((tmp_path / "out" / "class_names.json").read_text()) == ["early", "late"]
+
+
 def test_a_seq2seq_model_reports_exact_match_when_it_writes(tmp_path, monkeypatch, tokenizer, letters):
     base = tmp_path / "base"
     model = tiny.t5()
