@@ -45,8 +45,8 @@ class LoRAGACallback(TrainerCallback):
 
     The constructor makes room for an anchored adapter, so it must come before the optimizer; the gradients are
     estimated and the factors written at the first `on_train_begin` that is not a resume. Once an adapter is
-    initialised it is
-    never initialised again: not on a second `train()`, a retry of `auto_find_batch_size` or a resume.
+    initialised it is never initialised again: not on a second `train()`, a retry of `auto_find_batch_size` or a
+    resume.
 
     Two methods of this trainer instance are wrapped: `get_decay_parameter_names` leaves anchored parameters out of
     weight decay, and `train` checks a checkpoint before it is loaded. [`LoRAGAMixin`] adds what a callback can't: it
@@ -93,7 +93,7 @@ class LoRAGACallback(TrainerCallback):
             self._warm_up(model, resumed=state.global_step > 0)
             return
         record = self._require_prepared(model)
-        _require_no_decay(trainer, model)
+        _require_sound_optimizer(trainer, model)
         if state.global_step > 0 or record.initialised:
             record.initialised = True
             return
@@ -175,7 +175,7 @@ def _check_checkpoints(trainer: Trainer) -> None:
     trainer.train = checked_train  # type: ignore[method-assign]
 
 
-def _require_no_decay(trainer: Trainer, model: nn.Module) -> None:
+def _require_sound_optimizer(trainer: Trainer, model: nn.Module) -> None:
     """
     Refuse an optimizer that would decay anchored parameters or does not hold them.
 

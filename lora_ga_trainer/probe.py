@@ -27,7 +27,7 @@ from .samples import (
     require_rewindable,
     sample_pieces,
 )
-from .sketch import Estimator, make_estimators
+from .sketch import Estimator, forget_shared_matrices, make_estimators
 from .tap import tapped
 
 
@@ -122,6 +122,8 @@ def estimate_gradients(
             except NonFiniteGradient:
                 if scale == scales[-1]:
                     raise
+            finally:
+                forget_shared_matrices()
     raise AssertionError("unreachable")
 
 

@@ -82,8 +82,7 @@ def _core(
     Find the `C` with `G ~ Q C P^T` that fits both sketches best.
 
     Minimising `||LQ C - left||^2 + ||TP C^T - right||^2` gives `LQ^T LQ C + C TP^T TP = LQ^T left + right^T TP`, a
-    Sylvester
-    equation with symmetric coefficients: two eigendecompositions solve it.
+    Sylvester equation with symmetric coefficients: two eigendecompositions solve it.
     """
     a, X = torch.linalg.eigh(LQ.T @ LQ)
     b, W = torch.linalg.eigh(TP.T @ TP)

@@ -133,13 +133,21 @@ class SketchedGradient:
         return [self.Y, self.Z]
 
     def turn(self) -> None:
-        basis_in, basis_out = torch.linalg.qr(_wide(self.Z)).Q.float(), torch.linalg.qr(_wide(self.Y)).Q.float()
-        device = self.T.device
-        self.T = torch.cat([basis_in.to(device), gaussian(basis_in.shape[0], HELD_OUT, self.seed + 2, device)], dim=1)
-        self.L = torch.cat(
-            [basis_out.to(device), gaussian(basis_out.shape[0], HELD_OUT, self.seed + 3, device)], dim=1
+        self.T, self.L = (
+            self._second_matrix(self.Z, self.T, self.seed + 2),
+            self._second_matrix(self.Y, self.L, self.seed + 3),
         )
         self._start_pass()
+
+    def _second_matrix(
+        self,
+        found: Tensor,  # (n, k)
+        first: Tensor,  # (n, k)
+        seed: int,
+    ) -> Tensor:  # (n, k + 16), in the dtype that the first pass computed in
+        basis = torch.linalg.qr(_wide(found)).Q.to(first)
+        held_out = gaussian(basis.shape[0], HELD_OUT, seed, first.device).to(first)
+        return torch.cat([basis, held_out], dim=1)
 
     def divide(self, items: float) -> None:
         self.Y.div_(items)
@@ -162,6 +170,12 @@ def gaussian(rows: int, columns: int, seed: int, device: torch.device) -> Tensor
 @lru_cache(maxsize=64)
 def _cast(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     return matrix.to(dtype)
+
+
+def forget_shared_matrices() -> None:
+    """Free the Gaussian matrices that layers of one shape shared."""
+    gaussian.cache_clear()
+    _cast.cache_clear()
 
 
 def _one_dtype(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:

@@ -466,3 +466,13 @@ def test_a_batch_of_ignored_labels_weighs_nothing(tmp_path: Any) -> None:
     found = probe(in_order(rows, tmp_path, tiny.with_lora(tiny.llama())), exact(num_samples=12))
     true = reference.whole_sample_gradient(plain, list(found), lambda: causal_loss(plain, rows))
     assert_equal_gradients(found, true)
+
+
+def test_no_test_matrix_outlives_the_probe(tmp_path: Any) -> None:
+    from lora_ga_trainer import sketch
+
+    trainer = in_order(tiny.causal_rows(8), tmp_path, tiny.with_lora(tiny.llama(), r=1))
+    estimate = estimate_gradients(trainer, LoRAGAConfig(num_samples=8, sketch_size=2))
+    assert any(estimator.sketched for estimator in estimate.estimators.values())
+    assert sketch.gaussian.cache_info().currsize == 0
+    assert sketch._cast.cache_info().currsize == 0

@@ -232,3 +232,16 @@ def test_a_restored_estimator_gives_bitwise_the_same(kind: str) -> None:
         assert torch.equal(a, b)
     with pytest.raises(KeyError, match="shape"):
         restore_estimator(estimator.state(), (320, 256))
+
+
+def test_the_second_pass_computes_in_the_dtype_of_the_first() -> None:
+    """Bases in bf16 from the start: nothing is cast, and so nothing kept twice, layer by layer."""
+    data = [(x.bfloat16(), dy.bfloat16()) for x, dy in pairs(torch.tensor([3.0, 2.0, 1.0]))]
+    estimator = SketchedGradient(SHAPE, k=32)
+    for x, dy in data:
+        estimator.add(x, dy, 1.0)
+    estimator.turn()
+    assert estimator.T.dtype is estimator.L.dtype is torch.bfloat16
+    before = estimator.T
+    estimator.add(*data[0], 1.0)
+    assert estimator.T is before
