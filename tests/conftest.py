@@ -16,7 +16,10 @@ import pytest
 import torch
 
 
-torch.set_num_threads(1)  # tiny models run slower on more
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Tiny models run slower on more threads, which also round differently; a recipe run in this process sets its own."""
+    torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -47,15 +47,6 @@ SCALES = ["stable", "unit", "gd", "weight_svd"]
 S_LORA = 1.7  # the LoRA scaling s wherever a test does not vary it: no power of two, not 1
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Matrices of 12 x 12 gain nothing from more threads, and waiting for them doubles the time of this file."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def orthonormal(rows, columns, generator):
     return torch.linalg.qr(torch.randn(rows, columns, generator=generator, dtype=torch.float64))[0]
 

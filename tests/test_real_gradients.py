@@ -56,7 +56,6 @@ def estimates(tmp_path_factory: Any) -> dict[str, Any]:
     for estimator in ("exact", "sketch"):
         config = LoRAGAConfig(num_samples=16, estimator=estimator)
         found[estimator] = estimate_gradients(trainer, config, find_adapted_layers(model)).estimators
-    torch.set_num_threads(1)
     return found
 
 
