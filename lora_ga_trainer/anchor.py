@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -179,16 +179,23 @@ def anchored_parameter_names(model: nn.Module) -> set[str]:
     return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, (AnchoredA, AnchoredB))}
 
 
-def counted_gradients(model: nn.Module) -> Iterator[Tensor]:
+def counted_gradients(
+    model: nn.Module, read: Callable[[nn.Parameter], Tensor | None] = lambda parameter: parameter.grad
+) -> Iterator[Tensor]:
     """
     Yield the gradients of which a global norm is made.
 
     Both halves of an anchored `A` carry the gradient of `A`; it is yielded once, so the norm is that of LoRA-GA.
+
+    Args:
+        model: the model.
+        read: gives the whole gradient of a parameter.
     """
     tied = {id(module.weight) for module in model.modules() if isinstance(module, AnchoredA)}
     for parameter in model.parameters():
-        if parameter.grad is not None:
-            yield parameter.grad.chunk(2, dim=0)[0] if id(parameter) in tied else parameter.grad
+        gradient = read(parameter)
+        if gradient is not None:
+            yield gradient.chunk(2, dim=0)[0] if id(parameter) in tied else gradient
 
 
 def net_factors(layer: AdaptedLayer) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,8 @@ from .anchor import anchored_parameter_names
 from .checkpoint import require_resumable
 from .config import LoRAGAConfig
 from .correction import asked_for, bare_optimizer
-from .engines import require_supported
+from .engine_step import EngineStep, install_engine_step
+from .engines import optimizer_groups, require_supported, warms_up_heads
 from .head_warmup import warm_up_heads
 from .layers import find_adapted_layers
 from .lora_pro_adamw import LoRAProAdamW
@@ -60,6 +61,7 @@ class LoRAGACallback(TrainerCallback):
 
     Attributes:
         report (`GradientReport` or `None`): of the initialisation, after it ran.
+        engine_step (`EngineStep` or `None`): what clips and corrects where the engine steps by itself.
 
     Raises:
         `ValueError`: if the model, its adapter, the data set or the optimizer can't be used, saying how to mend it.
@@ -72,10 +74,12 @@ class LoRAGACallback(TrainerCallback):
         self.config = require_config(config)
         self.probe_dataset = probe_dataset
         self.report: GradientReport | None = None
+        self.engine_step: EngineStep | None = None
         self._warm_model: Callable[[], nn.Module | None] = lambda: None
         _require_optimizer_builder(trainer, self.config)
         if self.config.init != "none":
             require_supported(trainer)
+            _require_warm_up(trainer, self.config)
             require_probe_folder(self.config)
             _require_examples(trainer.train_dataset if probe_dataset is None else probe_dataset)
             prepare_adapter(trainer.model, self.config, optimizer=trainer.optimizer)
@@ -89,6 +93,7 @@ class LoRAGACallback(TrainerCallback):
     ) -> None:
         trainer = self.trainer
         model = trainer.accelerator.unwrap_model(trainer.model)
+        self.engine_step = install_engine_step(trainer, model, self.config.correction == "lora_pro")
         if self.config.init == "none":
             self._warm_up(model, resumed=state.global_step > 0)
             return
@@ -140,6 +145,15 @@ def _require_optimizer_builder(trainer: Trainer, config: LoRAGAConfig) -> None:
         )
 
 
+def _require_warm_up(trainer: Trainer, config: LoRAGAConfig) -> None:
+    if config.head_warmup_steps > 0 and not warms_up_heads(trainer):
+        raise ValueError(
+            f"head_warmup_steps={config.head_warmup_steps} trains the head outside the engine, which needs whole "
+            "parameters on every process; here they are sharded or have master copies. Use one process or DDP, or "
+            "head_warmup_steps=0."
+        )
+
+
 def _require_examples(dataset: Any) -> None:
     if hasattr(dataset, "__len__") and len(dataset) == 0:
         raise ValueError(
@@ -185,9 +199,9 @@ def _require_sound_optimizer(trainer: Trainer, model: nn.Module) -> None:
     # LoRAProAdamW decays the net update s (B A - B0 A0), which leaves the halves tied and B0 alone.
     net_decay = isinstance(bare_optimizer(trainer), LoRAProAdamW)
     decay = {
-        id(parameter): group.get("weight_decay", 0.0)
-        for group in trainer.optimizer.param_groups
-        for parameter in group["params"]
+        id(parameter): options.get("weight_decay", 0.0)
+        for parameters, options in optimizer_groups(trainer)
+        for parameter in parameters
     }
     parameters = dict(model.named_parameters())
     for name in sorted(anchored_parameter_names(model)):

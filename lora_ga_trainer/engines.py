@@ -1,88 +1,221 @@
-"""How full values get into parameters, and which module the probe calls: all that differs between engines."""
+"""All that differs between engines: full values in and out of parameters, what the probe calls, and who steps."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import functools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from .collectives import RowShard
 
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
-SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.MULTI_XPU)
+_REPLICATED = (
+    DistributedType.NO,
+    DistributedType.MULTI_GPU,
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_XPU,
+    DistributedType.MULTI_NPU,
+    DistributedType.MULTI_HPU,
+)
+_SUPPORTED = (*_REPLICATED, DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 def require_supported(trainer: Trainer) -> None:
     """
-    Refuse engines that shard parameters.
+    Refuse engines on which a layer's input and output-gradient are not those of the whole layer.
 
     Raises:
         `ValueError`: naming the engine.
     """
     engine = trainer.accelerator.distributed_type
-    if not clips_plain_gradients(trainer):
+    if engine not in _SUPPORTED:
         raise ValueError(
-            f"The parameters are sharded ({engine.value}); a gradient-aligned start is supported on one process and "
-            "under DDP. Use one of these, or `LoRAGAConfig(init='none')`."
+            f"The engine is {engine.value}; a gradient-aligned start is supported on one process, DDP, FSDP and "
+            "DeepSpeed ZeRO. Use one of these, or `LoRAGAConfig(init='none')`."
+        )
+    size = getattr(trainer.model, "tp_size", None) or 1
+    if size > 1:
+        raise ValueError(
+            f"The model is split by tensor parallelism (tp_size={size}), where a layer sees a part of its input or "
+            "output only. Shard it with FSDP or ZeRO instead, or use `LoRAGAConfig(init='none')`."
         )
 
 
-def clips_plain_gradients(trainer: Trainer) -> bool:
-    """Tell whether every process holds whole gradients that it can clip by itself."""
-    return trainer.accelerator.distributed_type in SUPPORTED and not _is_sharded_at_load(trainer)
+def holds_whole_gradients(trainer: Trainer) -> bool:
+    """Tell whether every process holds the whole gradient of every adapter parameter, as in DDP."""
+    return trainer.accelerator.distributed_type in _REPLICATED
 
 
-def _is_sharded_at_load(trainer: Trainer) -> bool:
-    return getattr(trainer, "is_distributed_loading_by_transformers", False)
+def gives_gradients(trainer: Trainer) -> bool:
+    """Tell whether the gradient of a parameter can be read whole, wherever its parts are."""
+    if trainer.accelerator.distributed_type != DistributedType.FSDP:
+        return True
+    return getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1) == 2
+
+
+def warms_up_heads(trainer: Trainer) -> bool:
+    """Tell whether parameters can be trained outside the engine: whole on every process, and no master copies."""
+    return holds_whole_gradients(trainer) and not getattr(trainer, "is_distributed_loading_by_transformers", False)
 
 
 def probed_module(trainer: Trainer) -> nn.Module:
     """
     Return the module whose forward the probe calls.
 
-    Under DDP that is the bare model: the sketches are summed once at the end, so DDP's own reduction has no work to
-    do.
+    Under DDP and DeepSpeed that is the bare model: the sketches are summed once at the end, so the engine's own
+    reduction has no work to do (and DeepSpeed's would divide, or step). Under FSDP it is the wrapped one, which
+    gathers the weights.
     """
     return trainer.model
 
 
 @torch.no_grad()
-def write_parameter(parameter: nn.Parameter, value: Tensor) -> None:
-    """Copy a full `value` into `parameter` in place, in its own dtype and device. Every rank passes the same value."""
-    parameter.copy_(value)
+def read_parameter(parameter: Tensor) -> Tensor:
+    """Return the full value of a parameter, sharded or not: a copy, or the parameter's own storage. Collective."""
+    if isinstance(parameter, DTensor):
+        return parameter.full_tensor()
+    if _is_partitioned(parameter):
+        from deepspeed import zero
+
+        with zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
+    return parameter.detach()
 
 
-def sum_over_processes(trainer: Trainer, tensors: list[Tensor]) -> int:
+@torch.no_grad()
+def write_parameters(trainer: Trainer, values: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
     """
-    Add up `tensors` over all processes, in place.
+    Copy full values into parameters in place, in their own dtype and device, master copies included.
 
-    The tensors of one dtype and device travel as one flat buffer, so the number of collectives does not grow with the
-    number of layers.
+    Every process calls this with the same parameters and the same values.
+    """
+    if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
+        _write_deepspeed(trainer.model_wrapped, values)
+        return
+    values = _write_flat(trainer.model, values)
+    for parameter, value in values:
+        parameter.copy_(like_parameter(value.to(parameter.dtype), parameter))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a DTensor gathered, anything else as it is. Collective."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like_parameter(value: Tensor, parameter: Tensor) -> Tensor:
+    """Return a full `value`, the same on every process, sharded as `parameter` is."""
+    if not isinstance(parameter, DTensor):
+        return value
+    return distribute_tensor(
+        value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
+    )
+
+
+def optimizer_groups(trainer: Trainer) -> list[tuple[list[nn.Parameter], dict[str, Any]]]:
+    """Return the model's parameters of every param group of the trainer's optimizer, and the group's options."""
+    optimizer = trainer.optimizer
+    if trainer.accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return [(group["params"], group) for group in optimizer.param_groups]
+    zero = optimizer.optimizer  # its groups hold flat fp32 partitions, not the model's parameters
+    if hasattr(zero, "trainable_param_groups"):  # ZeRO-3
+        return [(group["params"], group) for group in zero.trainable_param_groups]
+    return list(zip(zero.bit16_groups, zero.param_groups, strict=True))
+
+
+def steps_by_itself(trainer: Trainer) -> bool:
+    """Tell whether the engine clips and steps inside its backward pass, on flat partitions of its own (ZeRO)."""
+    return trainer.accelerator.distributed_type == DistributedType.DEEPSPEED
+
+
+def read_gradient(parameter: nn.Parameter) -> Tensor | None:
+    """Return the whole accumulated gradient of a parameter of such an engine, with the loss scale. Collective."""
+    from deepspeed.utils import safe_get_full_grad
+
+    return safe_get_full_grad(parameter)
+
+
+def write_gradient(parameter: nn.Parameter, value: Tensor) -> None:
+    """Replace the accumulated gradient of a parameter of such an engine. Collective."""
+    from deepspeed.utils import safe_set_full_grad
+
+    safe_set_full_grad(parameter, value)
+
+
+def loss_scale(trainer: Trainer) -> float:
+    """Return what such an engine has multiplied its gradients by; 1 without fp16."""
+    return float(trainer.optimizer.optimizer.loss_scale)
+
+
+def run_before_steps(trainer: Trainer, hook: Callable[[], None]) -> float:
+    """
+    Call `hook` before each step of such an engine, with the accumulated gradients in place, and stop it from clipping.
 
     Returns:
-        Bytes that this process handed to the all-reduce; 0 on a single process.
+        The norm that the engine would have clipped to; 0 for none.
     """
-    if trainer.accelerator.num_processes == 1:
-        return 0
-    groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-    for tensor in tensors:
-        groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
-    sent = 0
-    for (_, device), group in groups.items():
-        flat = torch.cat([tensor.reshape(-1) for tensor in group]).to(trainer.accelerator.device)
-        torch.distributed.all_reduce(flat)
-        sent += flat.numel() * flat.element_size()
-        for tensor, total in zip(group, flat.to(device).split([t.numel() for t in group]), strict=True):
-            tensor.copy_(total.view_as(tensor))
-    return sent
+    engine, zero = trainer.model_wrapped, trainer.optimizer.optimizer
+    step = engine.step
+
+    @functools.wraps(step)
+    def hooked_step(*args: Any, **kwargs: Any) -> Any:
+        if engine.is_gradient_accumulation_boundary():
+            hook()
+        return step(*args, **kwargs)
+
+    engine.step = hooked_step
+    zero.clip_grad = 0.0  # a resumed engine has this already: the config is what remembers
+    return float(engine.gradient_clipping())
 
 
-def gather_integers(trainer: Trainer, *values: int) -> list[list[int]]:
-    """Return the `values` of every process, one row a rank."""
-    if trainer.accelerator.num_processes == 1:
-        return [list(values)]
-    mine = torch.tensor([values], dtype=torch.int64, device=trainer.accelerator.device)
-    return trainer.accelerator.gather(mine).tolist()
+def row_shard(weight: Tensor) -> RowShard | None:
+    """Return how a base weight is spread over the processes; `None` if each has all of it."""
+    if not isinstance(weight, DTensor) or weight.device_mesh.ndim != 1 or not weight.placements[0].is_shard():
+        return None
+    mesh = weight.device_mesh
+    return RowShard(mesh.get_group(), mesh.get_local_rank(), mesh.size(), weight.shape[0])
+
+
+def _is_partitioned(parameter: Tensor) -> bool:
+    """Tell whether ZeRO-3 has taken the parameter apart; `ds_id` is what DeepSpeed itself goes by."""
+    return hasattr(parameter, "ds_id")
+
+
+def _write_deepspeed(engine: Any, values: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
+    from deepspeed import zero
+    from deepspeed.utils import safe_set_full_fp32_param
+
+    # A gathered copy that the probe's forward left behind makes the next gathering fail.
+    engine.empty_partition_cache()
+    for parameter, value in values:
+        if _is_partitioned(parameter):
+            with zero.GatheredParameters([parameter], modifier_rank=0):
+                parameter.copy_(value)
+        else:
+            parameter.copy_(value)
+        # Without this the first step starts from the master copy and undoes the write.
+        safe_set_full_fp32_param(parameter, value.to(parameter.device, torch.float32))
+
+
+def _write_flat(
+    model: nn.Module, values: Sequence[tuple[nn.Parameter, Tensor]]
+) -> Sequence[tuple[nn.Parameter, Tensor]]:
+    """Write the parameters that FSDP1 has flattened, one of its units gathered at a time; return the others."""
+    left = {id(parameter): (parameter, value) for parameter, value in values}
+    for module in model.modules():
+        if not isinstance(module, FullyShardedDataParallel) or left.keys().isdisjoint(map(id, module.parameters())):
+            continue
+        with FullyShardedDataParallel.summon_full_params(module, recurse=False, writeback=True):
+            # Parameters of units inside this one stay flat.
+            for parameter, value in [entry for entry in left.values() if entry[0].shape == entry[1].shape]:
+                parameter.copy_(value)
+                del left[id(parameter)]
+    return list(left.values())

@@ -14,6 +14,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from .borrow import preserved_rng
+from .engines import read_parameter
 from .layers import AdaptedLayer, saved_modules
 
 
@@ -112,7 +113,8 @@ def _update(digest: Any, value: Any) -> None:
 @torch.no_grad()
 def _sample(weight: nn.Parameter | Tensor) -> bytes:
     """Return evenly spaced raw elements of the storage, quantised or not, with the shape and dtype."""
-    flat = weight.detach().reshape(-1)
+    weight = read_parameter(weight)
+    flat = weight.reshape(-1)
     index = torch.linspace(0, flat.numel() - 1, min(_WEIGHTS_PER_LAYER, flat.numel()), dtype=torch.float64).long()
     values = flat[index.to(flat.device)].cpu()
     return f"{tuple(weight.shape)}{weight.dtype}".encode() + values.double().numpy().tobytes()

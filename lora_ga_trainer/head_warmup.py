@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from .borrow import borrowed
+from .collectives import sum_over_processes
 from .config import LoRAGAConfig
-from .engines import probed_module, sum_over_processes
+from .engines import probed_module
 from .layers import require_peft_model, saved_modules
 from .samples import Piece, count_items, mean_loss, sample_pieces
 

@@ -13,6 +13,8 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .engines import read_parameter
+
 
 @dataclass(frozen=True)
 class AdaptedLayer:
@@ -55,9 +57,22 @@ class AdaptedLayer:
         return self.adapter in self.module.lora_magnitude_vector
 
     def dense_weight(self) -> Tensor:  # (out, in)
-        """Return `W` dequantised and in the orientation of `G`; a copy or a view, never to be written to."""
-        weight = dequantize_module_weight(self.base).detach()
-        return weight.T if isinstance(self.base, Conv1D) else weight
+        """
+        Return `W` dequantised, whole and in the orientation of `G`; a copy or a view, never to be written to.
+
+        Collective where the weight is sharded.
+
+        Raises:
+            `ValueError`: if an engine keeps the weight in a form that can't be read.
+        """
+        weight = read_parameter(dequantize_module_weight(self.base)).detach()
+        weight = weight.T if isinstance(self.base, Conv1D) else weight
+        if weight.shape != self.shape:
+            raise ValueError(
+                f"Layer {self.name}: this engine shows its weight as {tuple(weight.shape)} instead of {self.shape}, "
+                "and DoRA and scale='weight_svd' have to read it. Use fully_shard (FSDP2) or ZeRO, or neither of them."
+            )
+        return weight
 
     @torch.no_grad()
     def dora_magnitude(self, delta: Tensor) -> Tensor:  # (out, in) -> (out,)
@@ -204,6 +219,7 @@ def _is_linear_pair(pair: AdaptedLayer) -> bool:
         return False
     A, B, r = pair.lora_A, pair.lora_B, pair.rank
     out_features, in_features = pair.shape
-    # Fused experts keep (experts * r, in) in an nn.Linear: the shapes tell.
-    linear = isinstance(A, nn.Linear) and isinstance(B, nn.Linear)
-    return linear and A.weight.shape == (r, in_features) and B.weight.shape == (out_features, r)
+    if not isinstance(A, nn.Linear) or not isinstance(B, nn.Linear):
+        return False
+    # Fused experts keep (experts * r, in) in an nn.Linear. A sharded weight does not show its shape.
+    return (A.out_features, A.in_features, B.out_features, B.in_features) == (r, in_features, out_features, r)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .anchor import factor_rank, is_anchored
+from .engines import like_parameter, whole
 from .layers import AdaptedLayer, find_lora_pairs
 from .lora_pro import (
     CUTOFF,
@@ -36,18 +37,26 @@ class PairBatch:
     s: Tensor  # (L,), fp64
 
 
-def batch_pairs(pairs: Iterable[AdaptedLayer], most: int | None = None) -> list[PairBatch]:
+Read = Callable[[nn.Parameter], tuple[Tensor, Tensor]]  # value and gradient of a factor, whole
+
+
+def read_factor(parameter: nn.Parameter) -> tuple[Tensor, Tensor]:
+    """Return a factor and its gradient where both are kept in the parameter; gathered if they are sharded."""
+    return whole(parameter.detach()), whole(parameter.grad)
+
+
+def batch_pairs(pairs: Iterable[AdaptedLayer], most: int | None = None, read: Read = read_factor) -> list[PairBatch]:
     """
     Stack the pairs, all of which have gradients, by shape, dtype, device and form.
 
     A batch of more than one pair stands for at most `most` entries of `W`.
     """
-    shapes: dict[tuple[Any, ...], list[tuple[AdaptedLayer, nn.Parameter, nn.Parameter]]] = {}
+    shapes: dict[tuple[Any, ...], list[tuple[Any, ...]]] = {}
     for pair in pairs:
-        lora_A = pair.lora_A
-        A, B = lora_A.weight, pair.lora_B.weight
+        lora_A, weight_B = pair.lora_A, pair.lora_B.weight
+        (A, gA), (B, gB) = read(lora_A.weight), read(weight_B)
         key = (type(lora_A), A.shape, B.shape, A.dtype, B.dtype, A.device, B.device)
-        shapes.setdefault(key, []).append((pair, A, B))
+        shapes.setdefault(key, []).append((pair, lora_A.weight, weight_B, A, B, gA, gB))
     batches = []
     for group in shapes.values():
         out_features, in_features = group[0][0].shape
@@ -57,19 +66,18 @@ def batch_pairs(pairs: Iterable[AdaptedLayer], most: int | None = None) -> list[
     return batches
 
 
-def _stack(pairs: list[AdaptedLayer], As: list[nn.Parameter], Bs: list[nn.Parameter]) -> PairBatch:
-    dtype = torch.promote_types(torch.promote_types(As[0].dtype, Bs[0].dtype), torch.float32)
-    A, B, gA, gB = (
-        torch.stack(tensors).to(dtype)
-        for tensors in ([A.detach() for A in As], [B.detach() for B in Bs], [A.grad for A in As], [B.grad for B in Bs])
-    )
+def _stack(
+    pairs: list[AdaptedLayer], weights_A: list[nn.Parameter], weights_B: list[nn.Parameter], *values: list[Tensor]
+) -> PairBatch:
+    dtype = torch.promote_types(torch.promote_types(weights_A[0].dtype, weights_B[0].dtype), torch.float32)
+    A, B, gA, gB = (torch.stack(tensors).to(dtype) for tensors in values)
     if is_anchored(pairs[0]):
         # Stored: [A; A - A0] with tied gradients, [B - B0, B0] with the gradient of B in the first half.
         r = factor_rank(pairs[0])
         A, gA, gB = A[:, :r], gA[:, :r], gB[..., :r]
         B = B[..., :r] + B[..., r:]
     s = torch.tensor([pair.s for pair in pairs], dtype=torch.float64, device=A.device)
-    return PairBatch(pairs, As, Bs, A, B, gA, gB, s)
+    return PairBatch(pairs, weights_A, weights_B, A, B, gA, gB, s)
 
 
 def decompose_batches(batches: Sequence[PairBatch]) -> list[GramEigen]:
@@ -91,8 +99,8 @@ def stored_factors(batch: PairBatch) -> tuple[Tensor, Tensor]:  # (L, k, in), (L
     """Return stacked `lora_A.weight`, `lora_B.weight`, whose product times `s` is the net change of `W`."""
     if not is_anchored(batch.pairs[0]):
         return batch.A, batch.B
-    A = torch.stack([weight.detach() for weight in batch.weights_A])
-    B = torch.stack([weight.detach() for weight in batch.weights_B])
+    A = torch.stack([whole(weight.detach()) for weight in batch.weights_A])
+    B = torch.stack([whole(weight.detach()) for weight in batch.weights_B])
     return A.to(batch.A.dtype), B.to(batch.A.dtype)
 
 
@@ -109,12 +117,17 @@ def stored_form(
     """
     Return changes of `A` and `B` as changes of `lora_A.weight` and `lora_B.weight`, one a pair, in their dtypes.
 
-    In an anchored layer both halves of `A` get the change, so that they stay tied, and `B0` gets zero.
+    In an anchored layer both halves of `A` get the change, so that they stay tied, and `B0` gets zero. A factor that
+    is sharded gets its shard of the change.
     """
     if is_anchored(batch.pairs[0]):
         dA = torch.cat([dA, dA], dim=1)
         dB = torch.cat([dB, torch.zeros_like(dB)], dim=2)
-    return dA.to(batch.weights_A[0].dtype).unbind(), dB.to(batch.weights_B[0].dtype).unbind()
+    dAs, dBs = dA.to(batch.weights_A[0].dtype).unbind(), dB.to(batch.weights_B[0].dtype).unbind()
+    return (
+        [like_parameter(change, weight) for change, weight in zip(dAs, batch.weights_A, strict=True)],
+        [like_parameter(change, weight) for change, weight in zip(dBs, batch.weights_B, strict=True)],
+    )
 
 
 def trained_pairs(model: nn.Module, param_groups: list[dict[str, Any]], who: str) -> list[AdaptedLayer]:

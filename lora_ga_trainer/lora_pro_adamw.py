@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,19 +10,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
+from .engines import row_shard
 from .layers import AdaptedLayer
 from .lora_pairs import (
     PairBatch,
     batch_pairs,
-    correct_batch,
     decompose_batches,
     pairs_with_gradients,
     require_finite,
-    stored_factors,
     stored_form,
     trained_pairs,
 )
-from .lora_pro import GramEigen, apply_correction, cross_products, solve_correction
+from .lora_pro import GramEigen
+from .lora_pro_moments import equivalent_gradient, project_step, store_moment
 
 
 STATE_DTYPES = (torch.float32, torch.bfloat16)
@@ -103,7 +102,6 @@ class LoRAProAdamW(Optimizer):
 
     def _find_pairs(self) -> None:
         self.pairs = trained_pairs(self.model, self.param_groups, "LoRAProAdamW")
-        self._factors = {p for pair in self.pairs for p in (pair.lora_A.weight, pair.lora_B.weight)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """
@@ -167,7 +165,8 @@ class LoRAProAdamW(Optimizer):
             for beta in (beta1, beta2)
         )
         first, second = (self._stacked(batch, key) for key in _MOMENTS)
-        G = equivalent_gradient(batch, eigen)
+        shard = row_shard(batch.pairs[0].base.weight)
+        G = equivalent_gradient(batch, eigen, None if shard is None else shard.mine)
         # m <- beta1 m + (1 - beta1) G~, v <- beta2 v + (1 - beta2) G~^2
         m = first.to(G.device, G.dtype, non_blocking=True).lerp_(G, 1 - beta1)
         v = second.to(G.device, G.dtype, non_blocking=True).lerp_(G.mul_(G), 1 - beta2)
@@ -175,8 +174,8 @@ class LoRAProAdamW(Optimizer):
         U = torch.div(m, torch.sqrt(v, out=G).add_(group["eps"] * bias2.sqrt()), out=G)
         for kept, value in ((first, m), (second, v)):
             if kept is not value:
-                _store(kept, value, counts)
-        return project_step(batch, eigen, U, bias2.sqrt() / bias1, group["weight_decay"])
+                store_moment(kept, value, counts)
+        return project_step(batch, eigen, U, bias2.sqrt() / bias1, group["weight_decay"], shard)
 
     def _count(self, batch: PairBatch) -> list[float]:
         """Count this step for every pair."""
@@ -196,11 +195,15 @@ class LoRAProAdamW(Optimizer):
         }
 
     def _stacked(self, batch: PairBatch, key: str) -> Tensor:  # (L, out, in)
-        """Return one moment of a batch as a single buffer, of which the entries of `state` are slices."""
+        """
+        Return one moment of a batch as a single buffer, of which the entries of `state` are slices.
+
+        Where the base weight is spread over processes by rows, so is its moment: the buffer holds this process's rows.
+        """
         factors = batch.weights_A
         parts = [self.state[A].get(key) for A in factors]
         first = parts[0]
-        shape = (len(parts), *batch.pairs[0].shape)
+        shape = (len(parts), *_moment_shape(batch.pairs[0]))
         if first is not None and first._base is not None and first._base.shape == shape:
             whole = first._base
             if all(part is not None and part.data_ptr() == whole[i].data_ptr() for i, part in enumerate(parts)):
@@ -215,8 +218,10 @@ class LoRAProAdamW(Optimizer):
         return whole
 
     def _step_others(self) -> None:
+        # Looked up in each step: an engine may have put other parameters into the model.
+        factors = {p for pair in self.pairs for p in (pair.lora_A.weight, pair.lora_B.weight)}
         for group in self.param_groups:
-            others = [p for p in group["params"] if p.grad is not None and p not in self._factors]
+            others = [p for p in group["params"] if p.grad is not None and p not in factors]
             for p in others:
                 if not self.state[p]:
                     self.state[p].update(step=torch.tensor(0.0), **{key: torch.zeros_like(p) for key in _MOMENTS})
@@ -237,48 +242,10 @@ class LoRAProAdamW(Optimizer):
             )
 
 
-def equivalent_gradient(batch: PairBatch, eigen: GramEigen) -> Tensor:  # (L, out, in)
-    """Return `G~ = s (B dA + dB A) = P_B G + (I - P_B) G P_A` of the pairs' gradients."""
-    factors = batch.A, batch.B, batch.gA, batch.gB
-    correction = solve_correction(eigen, *cross_products(*factors), batch.s)
-    # X cancels in the product: leave it out.
-    dA, dB = apply_correction(correction._replace(X=torch.zeros_like(correction.X)), *factors)
-    s = batch.s[:, None, None].to(dA.dtype)
-    return torch.cat([batch.B, dB], dim=2) @ (s * torch.cat([dA, batch.A], dim=1))
-
-
-def project_step(
-    batch: PairBatch,
-    eigen: GramEigen,
-    U: Tensor,  # (L, out, in)
-    scale: Tensor,  # (L, 1, 1)
-    weight_decay: float,
-) -> tuple[Tensor, Tensor]:  # dA (L, r, in), dB (L, out, r)
-    """Return the factors' step along the `s (B dA + dB A)` nearest to `scale U + weight_decay D`, D the net delta."""
-    A, B, s = batch.A, batch.B, batch.s[:, None, None].to(U.dtype)
-    gA, gB = s * scale * (B.mT @ U), s * scale * (U @ A.mT)
-    if weight_decay != 0:
-        # D = s B A, in delta form s (B A - B0 A0); s B^T D and s D A^T without forming it
-        stored_A, stored_B = stored_factors(batch)
-        gA += weight_decay * s**2 * (B.mT @ stored_B @ stored_A)
-        gB += weight_decay * s**2 * (stored_B @ (stored_A @ A.mT))
-    return correct_batch(replace(batch, gA=gA, gB=gB), eigen)
-
-
-def _store(
-    kept: Tensor,  # (L, out, in)
-    value: Tensor,  # (L, out, in), of another dtype or device; used up
-    counts: list[float],  # steps of each pair
-) -> None:
-    """Write a moment back. To bf16 it is rounded up as often as it is far from the lower neighbour, not to nearest."""
-    if kept.dtype == torch.bfloat16:
-        # fp32 is bf16 with 16 more bits: add a number below 2^16 and cut them off. The multiples of 2^16 / golden
-        # ratio spread evenly, need no generator, and are the same on every rank and after a resume.
-        dither = [int(count) * 40503 % 65536 for count in counts]
-        bits = value.float().view(torch.int32)
-        bits.add_(torch.tensor(dither, dtype=torch.int32, device=value.device).view(-1, 1, 1)).bitwise_and_(-65536)
-        value = bits.view(torch.float32)
-    kept.copy_(value)
+def _moment_shape(pair: AdaptedLayer) -> tuple[int, int]:
+    """Return `(out, in)`, or the part of it that this process keeps."""
+    (out_features, in_features), shard = pair.shape, row_shard(pair.base.weight)
+    return (out_features if shard is None else len(range(out_features)[shard.mine])), in_features
 
 
 def _require_options(group: dict[str, Any]) -> None:
@@ -290,9 +257,10 @@ def _require_options(group: dict[str, Any]) -> None:
 
 
 def _require_shape(pair: AdaptedLayer, key: str, value: Tensor) -> None:
-    if tuple(value.shape) != pair.shape:
+    expected = _moment_shape(pair)
+    if tuple(value.shape) != expected:
         raise ValueError(
             f"LoRAProAdamW: {key} of {pair.name}, adapter {pair.adapter!r}, has shape {tuple(value.shape)} in the "
-            f"state, the layer's weight has {pair.shape}. The state is another optimizer's or another model's: resume "
-            "with the optimizer that wrote it."
+            f"state, the layer's weight (or this process's rows of it) has {expected}. The state is another "
+            "optimizer's or another model's: resume with the optimizer that wrote it."
         )

@@ -15,8 +15,9 @@ from tqdm.auto import tqdm
 
 from .anchor import factor_rank
 from .borrow import borrowed, preserved_rng
+from .collectives import gather_integers, mean_over_processes, share_from_owners, sum_over_processes
 from .config import LoRAGAConfig
-from .engines import probed_module, sum_over_processes
+from .engines import probed_module
 from .layers import AdaptedLayer, find_adapted_layers, require_peft_model
 from .samples import (
     IGNORED_LABEL,
@@ -39,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 # Loss scales tried in turn where gradients are fp16: the first that does not overflow wins.
 FP16_LOSS_SCALES = (2.0**16, 2.0**8, 1.0)
+# What products can be computed in; the later one wins where processes differ.
+_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 _POISON_ADVICE = (
     "No weight was changed. Look for empty or extreme examples in that batch, or train in bf16 or fp32 instead of "
     "fp16."
@@ -63,8 +66,9 @@ class GradientEstimate:
         seconds: wall time of the probe.
         bytes_sent: bytes that this process handed to all-reduces.
         unreached: layers that the loss never reached.
-        first_batch: the inputs of the first pass of this process, for measuring the loss before and after the write.
-        first_loss: the mean loss over `first_batch`.
+        first_batch: the first inputs of this process, for measuring the loss before and after the write.
+        first_items: items of `first_batch` that count.
+        first_loss: the mean loss over the `first_batch` of all processes.
     """
 
     estimators: dict[str, Estimator]
@@ -76,6 +80,7 @@ class GradientEstimate:
     bytes_sent: int = 0
     unreached: list[str] = field(default_factory=list)
     first_batch: dict[str, Any] | None = None
+    first_items: float = 0.0
     first_loss: float = math.nan
 
     @property
@@ -140,8 +145,8 @@ class _Probe:
     ) -> None:
         self.trainer, self.model, self.config, self.layers = trainer, model, config, layers
         self.loss_scale = loss_scale
-        places = [(layer.name, layer.shape, layer.base.weight.device) for layer in layers]
-        self.estimators = make_estimators(places, config, max(factor_rank(layer) for layer in layers))
+        shapes = [(layer.name, layer.shape) for layer in layers]
+        self.estimators = make_estimators(shapes, config, max(factor_rank(layer) for layer in layers))
         self.by_index = list(self.estimators.values())
         self.hits = [0] * len(layers)
         self.met: list[int] = []  # layers in the order in which this backward pass reached them
@@ -149,7 +154,7 @@ class _Probe:
         self.items = self.loss_sum = 0.0
         self.samples = self.tokens = self.bytes_sent = 0
         self.first_batch: dict[str, Any] | None = None
-        self.first_loss = math.nan
+        self.first_items, self.first_loss = 0.0, math.nan
 
     def run(self) -> GradientEstimate:
         start = time.perf_counter()
@@ -160,8 +165,7 @@ class _Probe:
             items = self._finish_first_pass()
             if sketches:
                 self._sum([self.by_index[index] for index in sketches])
-                for index in sketches:
-                    self.by_index[index].turn()
+                self._turn([self.by_index[index] for index in sketches])
                 self._pass(sketches, bar, first=False)
         self._sum(self.by_index)
         for estimator in self.by_index:
@@ -180,7 +184,9 @@ class _Probe:
         self.hits[index] += 1
         self.met.append(index)
         if self.weight > 0:
-            self.by_index[index].add(x, dy, self.weight / self.loss_scale)
+            estimator = self.by_index[index]
+            estimator.place(dy.device)
+            estimator.add(x, dy, self.weight / self.loss_scale)
 
     def _step(self, number: int, piece: Piece, first: bool) -> None:
         items = count_items(self.trainer, piece.batch)
@@ -198,13 +204,12 @@ class _Probe:
 
     def _count(self, piece: Piece, loss: float) -> None:
         self.samples += piece.samples
-        if self.weight == 0:
-            return
-        self.items += self.weight
-        self.loss_sum += loss * self.weight
-        self.tokens += count_tokens(piece.batch)
         if self.first_batch is None:
-            self.first_batch, self.first_loss = piece.batch, loss
+            self.first_batch, self.first_items, self.first_loss = piece.batch, self.weight, loss
+        if self.weight > 0:
+            self.items += self.weight
+            self.loss_sum += loss * self.weight
+            self.tokens += count_tokens(piece.batch)
 
     def _require_finite(self, number: int) -> None:
         met = list(dict.fromkeys(self.met))
@@ -223,11 +228,22 @@ class _Probe:
     def _sum(self, estimators: Sequence[Estimator]) -> None:
         self.bytes_sent += sum_over_processes(self.trainer, [t for estimator in estimators for t in estimator.sums()])
 
+    def _turn(self, sketches: Sequence[Estimator]) -> None:
+        """Begin the second pass with the same test matrices everywhere: each process orthogonalises its share."""
+        codes = gather_integers(self.trainer, *(_DTYPES.index(sketch.dtype) for sketch in sketches))
+        rank, size = self.trainer.accelerator.process_index, len(codes)
+        owned: list[list[Tensor]] = [[] for _ in range(size)]
+        for number, (sketch, code) in enumerate(zip(sketches, zip(*codes, strict=True), strict=True)):
+            sketch.dtype = _DTYPES[max(code)]  # a process that had no sample for the layer has not seen it
+            owned[number % size] += sketch.turn(compute=number % size == rank)
+        self.bytes_sent += share_from_owners(self.trainer, owned)
+
     def _finish_first_pass(self) -> float:
         """Add up the counts of all processes; return the number of items."""
         totals = torch.tensor([self.items, self.loss_sum, self.tokens, *self.hits], dtype=torch.float64)
         sum_over_processes(self.trainer, [totals])
         self.items, self.loss_sum, self.tokens, *self.hits = totals.tolist()
+        self.first_loss = mean_over_processes(self.trainer, self.first_loss, self.first_items)
         if self.items == 0:
             raise ValueError(
                 f"The {self.samples} samples of the probe hold no label to learn from (all are {IGNORED_LABEL}, or "
@@ -261,6 +277,7 @@ class _Probe:
             bytes_sent=self.bytes_sent,
             unreached=self._unreached(),
             first_batch=self.first_batch,
+            first_items=self.first_items,
             first_loss=self.first_loss,
         )
 

@@ -14,6 +14,7 @@ OVERLAPPING = "initialised, halves overlap: 2r > min(out, in)"
 PADDED = "initialised, padded with a plain start: r > min(out, in)"
 ZERO_GRADIENT = "plain start: zero gradient"
 UNREACHED = "plain start: never reached by the loss"
+PLAIN = (ZERO_GRADIENT, UNREACHED)
 
 
 @dataclass

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from .borrow import preserved_rng
-from .engines import gather_integers
+from .collectives import gather_integers
 
 
 if TYPE_CHECKING:

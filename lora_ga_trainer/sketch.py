@@ -45,14 +45,24 @@ class Estimator(Protocol):
     def directions(self) -> int:
         """How many singular triplets `svd` can give."""
 
+    dtype: torch.dtype  # that products are computed in; known once something was added
+
+    def place(self, device: torch.device) -> None:
+        """Live on `device` from now on; nothing has been added in this pass."""
+
     def add(self, x: Tensor, dy: Tensor, weight: float) -> None:
         """Add `weight * dy^T x` for `x (N, in)`, `dy (N, out)`."""
 
     def sums(self) -> list[Tensor]:
         """Return what processes add up at the end of a pass."""
 
-    def turn(self) -> None:
-        """Begin the second pass, after the sums of the first were added up. Sketches only."""
+    def turn(self, compute: bool = True) -> list[Tensor]:
+        """
+        Begin the second pass, after the sums of the first were added up. Sketches only.
+
+        Returns:
+            The new test matrices; where they are not to be computed, room for those of another process.
+        """
 
     def divide(self, items: float) -> None:
         """Turn the sum into the mean."""
@@ -68,9 +78,13 @@ class ExactGradient:
     """`G` itself, in fp32."""
 
     sketched = False
+    dtype = torch.float32
 
-    def __init__(self, shape: tuple[int, int], device: torch.device | str = "cpu") -> None:
-        self.G = torch.zeros(shape, dtype=torch.float32, device=device)
+    def __init__(self, shape: tuple[int, int]) -> None:
+        self.G = torch.zeros(shape, dtype=torch.float32)
+
+    def place(self, device: torch.device) -> None:
+        self.G = self.G.to(device)
 
     def add(self, x: Tensor, dy: Tensor, weight: float) -> None:
         x, dy = _one_dtype(x, dy)
@@ -83,7 +97,7 @@ class ExactGradient:
     def sums(self) -> list[Tensor]:
         return [self.G]
 
-    def turn(self) -> None:
+    def turn(self, compute: bool = True) -> list[Tensor]:
         raise TypeError("An exact gradient needs no second pass.")
 
     def divide(self, items: float) -> None:
@@ -107,11 +121,23 @@ class SketchedGradient:
 
     sketched = True
 
-    def __init__(self, shape: tuple[int, int], k: int, seed: int = 0, device: torch.device | str = "cpu") -> None:
+    def __init__(self, shape: tuple[int, int], k: int, seed: int = 0) -> None:
         out_features, in_features = shape
         self.k, self.seed = k, seed
-        self.T = gaussian(in_features, k, seed, torch.device(device))
-        self.L = gaussian(out_features, k, seed + 1, torch.device(device))
+        self.dtype = torch.float32
+        self.T = gaussian(in_features, k, seed, torch.device("cpu"))
+        self.L = gaussian(out_features, k, seed + 1, torch.device("cpu"))
+        self._start_pass()
+
+    def place(self, device: torch.device) -> None:
+        if self.Y.device == device:
+            return
+        if self.T.shape[1] == self.k:  # the first pass: the copy on the device is shared, too
+            out_features, in_features = self.L.shape[0], self.T.shape[0]
+            self.T = gaussian(in_features, self.k, self.seed, device)
+            self.L = gaussian(out_features, self.k, self.seed + 1, device)
+        else:
+            self.T, self.L = self.T.to(device), self.L.to(device)
         self._start_pass()
 
     def _start_pass(self) -> None:
@@ -121,7 +147,7 @@ class SketchedGradient:
     def add(self, x: Tensor, dy: Tensor, weight: float) -> None:
         x, dy = _one_dtype(x, dy)
         if self.T.dtype != x.dtype:  # rounded once, and the rounded matrices are what the recovery uses
-            self.T, self.L = _cast(self.T, x.dtype), _cast(self.L, x.dtype)
+            self.T, self.L, self.dtype = _cast(self.T, x.dtype), _cast(self.L, x.dtype), x.dtype
         _add_product(self.Y, dy, x @ self.T, weight)  # G T = sum dy^T (x T)
         _add_product(self.Z, x, dy @ self.L, weight)  # G^T L = sum x^T (dy L)
 
@@ -132,21 +158,24 @@ class SketchedGradient:
     def sums(self) -> list[Tensor]:
         return [self.Y, self.Z]
 
-    def turn(self) -> None:
+    def turn(self, compute: bool = True) -> list[Tensor]:
         self.T, self.L = (
-            self._second_matrix(self.Z, self.T, self.seed + 2),
-            self._second_matrix(self.Y, self.L, self.seed + 3),
+            self._second_matrix(self.Z, self.seed + 2, compute),
+            self._second_matrix(self.Y, self.seed + 3, compute),
         )
         self._start_pass()
+        return [self.T, self.L]
 
     def _second_matrix(
         self,
         found: Tensor,  # (n, k)
-        first: Tensor,  # (n, k)
         seed: int,
+        compute: bool,
     ) -> Tensor:  # (n, k + 16), in the dtype that the first pass computed in
-        basis = torch.linalg.qr(_wide(found)).Q.to(first)
-        held_out = gaussian(basis.shape[0], HELD_OUT, seed, first.device).to(first)
+        if not compute:
+            return found.new_empty(found.shape[0], self.k + HELD_OUT, dtype=self.dtype)
+        basis = torch.linalg.qr(_wide(found)).Q.to(found.device, self.dtype)
+        held_out = gaussian(basis.shape[0], HELD_OUT, seed, found.device).to(self.dtype)
         return torch.cat([basis, held_out], dim=1)
 
     def divide(self, items: float) -> None:
@@ -214,13 +243,13 @@ def is_sketched(shape: tuple[int, int], k: int) -> bool:
 
 
 def make_estimators(
-    layers: Sequence[tuple[str, tuple[int, int], torch.device]], config: LoRAGAConfig, rank: int
+    layers: Sequence[tuple[str, tuple[int, int]]], config: LoRAGAConfig, rank: int
 ) -> dict[str, Estimator]:
     """
     Make one empty accumulator a layer: exact where `config` asks for it or a sketch would cost more, else a sketch.
 
     Args:
-        layers: name, shape `(out, in)` and device of each.
+        layers: name and shape `(out, in)` of each.
         rank: the largest rank that the factors need.
 
     Raises:
@@ -228,16 +257,16 @@ def make_estimators(
     """
     k = sketch_columns(config, rank)
     estimators: dict[str, Estimator] = {}
-    for name, shape, device in layers:
+    for name, shape in layers:
         if config.estimator == "exact" or not is_sketched(shape, k):
-            estimators[name] = ExactGradient(shape, device)
+            estimators[name] = ExactGradient(shape)
             continue
         if k < 2 * rank:
             raise ValueError(
                 f"LoRAGAConfig: sketch_size={k} can't hold the 2r = {2 * rank} directions that layer {name} needs. "
                 f"Use at least {2 * rank}; the default is {12 * rank}."
             )
-        estimators[name] = SketchedGradient(shape, k, config.probe_seed, device)
+        estimators[name] = SketchedGradient(shape, k, config.probe_seed)
     return estimators
 
 
@@ -261,7 +290,7 @@ def restore_estimator(state: dict[str, Tensor], shape: tuple[int, int]) -> Estim
         state, T=(in_features, columns), L=(out_features, columns), Y=(out_features, columns), Z=(in_features, columns)
     )
     sketch = SketchedGradient.__new__(SketchedGradient)
-    sketch.k, sketch.seed = columns - HELD_OUT, 0
+    sketch.k, sketch.seed, sketch.dtype = columns - HELD_OUT, 0, state["T"].dtype
     sketch.T, sketch.L, sketch.Y, sketch.Z = (state[name] for name in ("T", "L", "Y", "Z"))
     return sketch
 

@@ -14,7 +14,7 @@ from .anchor import anchored_parameter_names, counted_gradients
 from .callback import LoRAGACallback
 from .config import LoRAGAConfig
 from .correction import asked_for, build_optimizer, require_correctable
-from .engines import clips_plain_gradients
+from .engines import holds_whole_gradients
 from .prepare import prepare_adapter, require_config
 from .report import GradientReport
 
@@ -82,6 +82,8 @@ class LoRAGAMixin:
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
         """Clip to `max_grad_norm`, with the gradient of an anchored `A` counted once in the norm."""
+        if self._lora_ga_callback.engine_step is not None:
+            return self._lora_ga_callback.engine_step.norm  # it has clipped
         if not self._counts_tied_halves(model):
             return super()._clip_grad_norm(model)
         self.accelerator.unscale_gradients()
@@ -96,7 +98,7 @@ class LoRAGAMixin:
         return super()._get_grad_norm(model, grad_norm)
 
     def _counts_tied_halves(self, model: nn.Module) -> bool:
-        return clips_plain_gradients(self) and bool(anchored_parameter_names(model))
+        return holds_whole_gradients(self) and bool(anchored_parameter_names(model))
 
 
 class _WrapsModel(LoRAGAMixin):

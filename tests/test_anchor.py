@@ -18,7 +18,6 @@ from lora_ga_trainer.anchor import AnchoredA, anchored_parameter_names, counted_
 from lora_ga_trainer.layers import AdaptedLayer, find_adapted_layers
 from lora_ga_trainer.prepare import prepare_adapter
 from lora_ga_trainer.record import record_of_model
-from lora_ga_trainer.start import write_start
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -68,7 +67,7 @@ def anchored(variant: str = "plain", seed: int = 7) -> tuple[PeftModel, list[Ada
     generator = torch.Generator().manual_seed(seed)
     for layer in layers:
         (out_features, in_features), r = layer.shape, layer.rank // 2
-        write_start(
+        tiny.write_start(
             layer,
             0.3 * torch.randn(out_features, r, generator=generator),
             0.3 * torch.randn(r, in_features, generator=generator),
@@ -162,7 +161,7 @@ def test_the_gradients_are_those_of_lora_ga() -> None:
     model = tiny.with_lora(base, target_modules=["0"], r=2, lora_alpha=6).double()
     prepare_adapter(model, LoRAGAConfig())
     (layer,) = find_adapted_layers(model)
-    write_start(layer, torch.randn(5, 2), torch.randn(2, 6))
+    tiny.write_start(layer, torch.randn(5, 2), torch.randn(2, 6))
     with torch.no_grad():  # move as training would: both halves of A alike, the first half of B
         step = torch.randn(2, 6, dtype=torch.float64)
         layer.lora_A.weight.add_(torch.cat([step, step]))
@@ -188,7 +187,7 @@ def test_equals_lora_ga_on_a_changed_base_for_100_adamw_steps_in_fp64() -> None:
     prepare_adapter(model, LoRAGAConfig())
     (layer,) = find_adapted_layers(model)
     B0, A0 = torch.randn(7, 3, dtype=torch.float64), torch.randn(3, 9, dtype=torch.float64)
-    write_start(layer, B0, A0)
+    tiny.write_start(layer, B0, A0)
     x, y = torch.randn(20, 9, dtype=torch.float64), torch.randn(20, 7, dtype=torch.float64)
     loss = lambda weight: (x @ weight.T - y).square().mean()
     optimizer = torch.optim.AdamW([layer.lora_A.weight, layer.lora_B.weight], lr=1e-2, weight_decay=0.0)
@@ -209,7 +208,7 @@ def test_bf16_output_stays_within_one_percent_of_its_fp64_value_after_100_steps(
     (layer,) = find_adapted_layers(model)
     # A start as large as LoRA-GA's: rows of length out^(1/4) / sqrt(16).
     c = 48**0.25 / 4
-    write_start(layer, c * torch.linalg.qr(torch.randn(48, 8)).Q, c * torch.linalg.qr(torch.randn(64, 8)).Q.T)
+    tiny.write_start(layer, c * torch.linalg.qr(torch.randn(48, 8)).Q, c * torch.linalg.qr(torch.randn(64, 8)).Q.T)
     x, y = torch.randn(256, 64), torch.randn(256, 48)
     # Small steps: the factors move by about 1% of their size, where a difference of products would cancel.
     optimizer = torch.optim.AdamW([layer.lora_A.weight, layer.lora_B.weight], lr=1e-5, weight_decay=0.0)

@@ -13,7 +13,6 @@ from lora_ga_trainer import LoRAGAConfig, LoRAProOptimizer, correct_gradients
 from lora_ga_trainer.anchor import is_anchored
 from lora_ga_trainer.layers import find_adapted_layers
 from lora_ga_trainer.prepare import prepare_adapter
-from lora_ga_trainer.start import write_start
 
 
 def trainable(model):
@@ -276,7 +275,7 @@ def anchored(seed=3):
     for ours, theirs in zip(find_adapted_layers(delta), find_adapted_layers(plain), strict=True):
         A0 = torch.randn(theirs.lora_A.weight.shape, generator=generator, dtype=torch.float64)
         B0 = torch.randn(theirs.lora_B.weight.shape, generator=generator, dtype=torch.float64)
-        write_start(ours, B0, A0)
+        tiny.write_start(ours, B0, A0)
         with torch.no_grad():
             theirs.lora_A.weight.copy_(A0)
             theirs.lora_B.weight.copy_(B0)
@@ -321,7 +320,7 @@ def test_an_anchored_adapter_is_lora_ga_on_a_changed_base_for_50_steps_in_fp64()
     for ours, theirs in zip(find_adapted_layers(delta), find_adapted_layers(plain), strict=True):
         A0 = torch.randn(theirs.lora_A.weight.shape, dtype=torch.float64)
         B0 = torch.randn(theirs.lora_B.weight.shape, dtype=torch.float64)
-        write_start(ours, B0, A0)
+        tiny.write_start(ours, B0, A0)
         with torch.no_grad():
             theirs.lora_A.weight.copy_(A0)
             theirs.lora_B.weight.copy_(B0)

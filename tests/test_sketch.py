@@ -68,7 +68,7 @@ def test_keeps_the_energy_of_the_directions_of_a_and_of_b(spectrum: str, seed: i
     r = 8
     S = SPECTRA[spectrum]()
     data = pairs(S, seed=seed)
-    (estimator,) = make_estimators([("layer", SHAPE, CPU)], LoRAGAConfig(probe_seed=seed), r).values()
+    (estimator,) = make_estimators([("layer", SHAPE)], LoRAGAConfig(probe_seed=seed), r).values()
     assert estimator.sketched
     run(estimator, data)
     top, G = estimator.svd(2 * r), gradient(data)
@@ -202,7 +202,7 @@ def test_the_same_seed_gives_the_same_sketch_and_another_seed_another() -> None:
 
 
 def test_layers_choose_the_cheaper_form_by_themselves() -> None:
-    layers = [("small", (576, 576), CPU), ("large", (2048, 2048), CPU)]
+    layers = [("small", (576, 576)), ("large", (2048, 2048))]
     chosen = make_estimators(layers, LoRAGAConfig(), rank=8)
     assert [estimator.sketched for estimator in chosen.values()] == [False, True]
     exact = make_estimators(layers, LoRAGAConfig(estimator="exact"), rank=8)
@@ -217,7 +217,7 @@ def test_layers_choose_the_cheaper_form_by_themselves() -> None:
 
 def test_a_sketch_too_small_for_the_rank_is_refused() -> None:
     with pytest.raises(ValueError, match=r"sketch_size=16 can't hold the 2r = 32 directions that layer up needs"):
-        make_estimators([("up", (2048, 2048), CPU)], LoRAGAConfig(sketch_size=16), rank=16)
+        make_estimators([("up", (2048, 2048))], LoRAGAConfig(sketch_size=16), rank=16)
 
 
 @pytest.mark.parametrize("kind", ["exact", "sketch"])

@@ -19,6 +19,8 @@ from transformers import (
     TrainingArguments,
 )
 
+from lora_ga_trainer.start import start_values
+
 
 VOCABULARY = 97
 
@@ -107,6 +109,13 @@ def arguments(folder: Any, **changes: Any) -> TrainingArguments:
         "seed": 3,
     }
     return TrainingArguments(**(settings | changes))
+
+
+@torch.no_grad()
+def write_start(layer: Any, B0: torch.Tensor, A0: torch.Tensor) -> None:
+    """Give a layer that no trainer holds its start."""
+    for parameter, value in start_values(layer, B0, A0):
+        parameter.copy_(value)
 
 
 def with_lora_seedless(model: nn.Module, **settings: Any) -> PeftModel:

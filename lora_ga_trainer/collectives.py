@@ -1,0 +1,119 @@
+"""What processes tell each other, in as few collectives as there are things to say."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+
+def sum_over_processes(trainer: Trainer, tensors: Sequence[Tensor]) -> int:
+    """
+    Add up `tensors` over all processes, in place.
+
+    The tensors of one dtype travel as one flat buffer, so the number of collectives does not grow with the number of
+    layers, and the tensors of a process may live on devices of their own.
+
+    Returns:
+        Bytes that this process handed to the all-reduce; 0 on a single process.
+    """
+    if trainer.accelerator.num_processes == 1:
+        return 0
+    sent = 0
+    for group in _by_dtype(tensors):
+        flat = _flatten(group, trainer.accelerator.device)
+        torch.distributed.all_reduce(flat)
+        sent += flat.numel() * flat.element_size()
+        _unflatten(flat, group)
+    return sent
+
+
+def mean_over_processes(trainer: Trainer, value: float, weight: float) -> float:
+    """Return the mean of every process's `value` by its `weight`; a value of weight 0 may be anything."""
+    totals = torch.tensor([value * weight if weight > 0 else 0.0, weight], dtype=torch.float64)
+    sum_over_processes(trainer, [totals])
+    total, weights = totals.tolist()
+    return total / weights if weights > 0 else math.nan
+
+
+def share_from_owners(trainer: Trainer, owned: Sequence[Sequence[Tensor]]) -> int:
+    """
+    Overwrite the tensors in place by those of the process that owns them, so that all agree to the bit.
+
+    Args:
+        owned: what the processes own, one entry a process, of the same shapes and dtypes on each of them.
+
+    Returns:
+        Bytes that this process sent; 0 on a single process.
+    """
+    if trainer.accelerator.num_processes == 1:
+        return 0
+    sent = 0
+    for owner, tensors in enumerate(owned):
+        for group in _by_dtype(tensors):
+            flat = _flatten(group, trainer.accelerator.device)
+            torch.distributed.broadcast(flat, src=owner)
+            _unflatten(flat, group)
+            sent += flat.numel() * flat.element_size() if owner == trainer.accelerator.process_index else 0
+    return sent
+
+
+def _by_dtype(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    groups: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault(tensor.dtype, []).append(tensor)
+    return list(groups.values())
+
+
+def _flatten(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    return torch.cat([tensor.reshape(-1).to(device) for tensor in tensors])
+
+
+def _unflatten(flat: Tensor, tensors: Sequence[Tensor]) -> None:
+    for tensor, value in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(value.view_as(tensor))
+
+
+def gather_integers(trainer: Trainer, *values: int) -> list[list[int]]:
+    """Return the `values` of every process, one row a rank."""
+    if trainer.accelerator.num_processes == 1:
+        return [list(values)]
+    mine = torch.tensor([values], dtype=torch.int64, device=trainer.accelerator.device)
+    return trainer.accelerator.gather(mine).tolist()
+
+
+@dataclass(frozen=True)
+class RowShard:
+    """The rows of a weight `(out, in)` that this process keeps, where processes keep different ones."""
+
+    group: Any
+    rank: int
+    size: int
+    rows: int  # out
+
+    @property
+    def mine(self) -> slice:
+        length = -(-self.rows // self.size)  # as torch.chunk does
+        return slice(min(self.rank * length, self.rows), min((self.rank + 1) * length, self.rows))
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Add up a tensor of the same shape on every process. Collective."""
+        tensor = tensor.contiguous()
+        torch.distributed.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def join(self, tensor: Tensor) -> Tensor:  # (L, rows of this process, n) -> (L, out, n)
+        """Put the rows of every process together. Collective."""
+        length = -(-self.rows // self.size)
+        padded = torch.nn.functional.pad(tensor, (0, 0, 0, length - tensor.shape[1])).contiguous()
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        torch.distributed.all_gather(parts, padded, group=self.group)
+        return torch.cat(parts, dim=1)[:, : self.rows]
