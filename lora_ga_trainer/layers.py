@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, PeftType
@@ -11,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.pytorch_utils import Conv1D
 
 from .engines import read_parameter
@@ -65,7 +67,12 @@ class AdaptedLayer:
         Raises:
             `ValueError`: if an engine keeps the weight in a form that can't be read.
         """
-        weight = read_parameter(dequantize_module_weight(self.base)).detach()
+        held = dict(self.base.named_parameters(recurse=False)).get("weight")
+        weight = read_parameter(dequantize_module_weight(self.base))
+        if held is not None and self.base.weight is not held:
+            self.base.weight = held  # PEFT leaves a copy in its place, which has lost the scales of int8 codes
+        if is_traceable_wrapper_subclass(weight):
+            weight = weight.dequantize()
         weight = weight.T if isinstance(self.base, Conv1D) else weight
         if weight.shape != self.shape:
             raise ValueError(
@@ -73,6 +80,16 @@ class AdaptedLayer:
                 "and DoRA and scale='weight_svd' have to read it. Use fully_shard (FSDP2) or ZeRO, or neither of them."
             )
         return weight
+
+    def stored_weight(self) -> list[Tensor]:
+        """
+        List the tensors that `W` is stored as: itself, or the codes, scales and offsets of a quantised weight.
+
+        The bias is left out: an adapter may train it. Collective where the weight is sharded.
+        """
+        state = self.base.state_dict(keep_vars=True)
+        tensors = [value for name, value in state.items() if name != "bias" and isinstance(value, Tensor)]
+        return [part for tensor in tensors for part in _parts(read_parameter(tensor))]
 
     @torch.no_grad()
     def dora_magnitude(self, delta: Tensor) -> Tensor:  # (out, in) -> (out,)
@@ -83,6 +100,14 @@ class AdaptedLayer:
     @property
     def dora_parameter(self) -> nn.Parameter:
         return self.module.lora_magnitude_vector[self.adapter].weight
+
+
+def _parts(value: Tensor) -> list[Tensor]:
+    """Take apart a tensor that wraps others (codes and scales)."""
+    if not is_traceable_wrapper_subclass(value):
+        return [value]
+    names, _ = value.__tensor_flatten__()
+    return [part for name in names for part in _parts(getattr(value, name))]
 
 
 def require_peft_model(model: nn.Module) -> PeftModel:
@@ -130,7 +155,8 @@ def find_adapted_layers(model: PeftModel) -> list[AdaptedLayer]:
     if not layers:
         raise ValueError(
             f"Adapter {active_adapter(model)!r} has no trainable LoRA layer ({len(every)} frozen). Load it with "
-            "`is_trainable=True`, or name layers of this model in `target_modules`."
+            "`is_trainable=True`, name layers of this model in `target_modules`, or, where something froze it after "
+            "wrapping (`prepare_model_for_kbit_training` belongs before), call `model.set_adapter(name)`."
         )
     for layer in layers:
         if layer.module.merged:
@@ -167,7 +193,8 @@ def _require_linear(name: str, module: BaseTunerLayer, adapter: str) -> None:
     if not linear or not isinstance(module.lora_A[adapter], nn.Linear):
         raise ValueError(
             f"Layer {name}: {type(module).__name__} adapts a {type(base).__name__}, whose weight gradient can't be "
-            "read from its input and output. Linear and Conv1D layers can; leave the others out of `target_modules`."
+            "read from its input and output. Linear layers (`nn.Linear` and the quantised layers derived from it) and "
+            "Conv1D layers can; leave the others out of `target_modules`, or load the base in another format."
         )
 
 

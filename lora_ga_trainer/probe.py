@@ -175,7 +175,7 @@ class _Probe:
     def _pass(self, indices: Sequence[int], bar: tqdm, first: bool) -> None:
         """Run every sample once, with taps in the layers at `indices`."""
         sink = lambda tap, x, dy: self._collect(indices[tap], x, dy)
-        with tapped([self.layers[index].base for index in indices], sink):
+        with tapped({self.layers[index].name: self.layers[index].base for index in indices}, sink):
             for number, piece in enumerate(sample_pieces(self.trainer, [self.config.num_samples])):
                 self._step(number, piece, first)
                 bar.update(piece.samples)
@@ -292,6 +292,13 @@ class _Probe:
 
 
 def _uses_fp16(trainer: Trainer, layers: Sequence[AdaptedLayer]) -> bool:
-    """Tell whether output-gradients may be fp16, whose smallest normal number is 6e-5."""
-    autocast = trainer.accelerator.mixed_precision == "fp16"
-    return autocast or any(p.dtype is torch.float16 for layer in layers for p in layer.base.parameters())
+    """
+    Tell whether gradients may be fp16, whose smallest normal number is 6e-5.
+
+    Integer codes of a quantised weight don't show what the layer computes in. They count as fp16: the loss scale is a
+    power of two, which changes no bit of a gradient in fp32 or bf16.
+    """
+    if trainer.accelerator.mixed_precision == "fp16":
+        return True
+    dtypes = {parameter.dtype for layer in layers for parameter in layer.base.parameters()}
+    return any(dtype is torch.float16 or not dtype.is_floating_point for dtype in dtypes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+import warnings
 from typing import TYPE_CHECKING
 
 import torch
@@ -210,7 +211,9 @@ def _loss_after(trainer: Trainer, estimate: GradientEstimate) -> float | None:
     if batch is None:
         return None
     model = probed_module(trainer)
-    with borrowed(trainer, model), torch.no_grad():
+    with borrowed(trainer, model), torch.no_grad(), warnings.catch_warnings():
+        # Reentrant activation checkpointing warns of every pass without gradients; here none are wanted.
+        warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")
         loss = mean_loss(trainer, model, batch, count_items(trainer, batch)).item()
     loss = mean_over_processes(trainer, loss, estimate.first_items)
     if not math.isfinite(loss):

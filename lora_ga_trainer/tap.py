@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,7 +37,7 @@ class _Tap(torch.autograd.Function):
 
 
 @contextmanager
-def tapped(modules: Sequence[nn.Module], sink: Sink) -> Iterator[None]:
+def tapped(modules: Mapping[str, nn.Module], sink: Sink) -> Iterator[None]:
     """
     Show every `(x, dy)` of `modules` to `sink` while the context is open.
 
@@ -46,24 +46,35 @@ def tapped(modules: Sequence[nn.Module], sink: Sink) -> Iterator[None]:
     quantised weights need nothing special.
 
     Args:
-        modules: layers that map `(..., in)` to `(..., out)` and take the input as first positional argument.
+        modules: by name, layers that map `(..., in)` to `(..., out)` and take the input as first positional argument.
         sink: called in the backward pass with the module's index, `x` and `dy` flattened to two dimensions and in the
             dtypes of the forward and backward pass.
+
+    Raises:
+        `ValueError`: in the forward pass, naming a module whose output doesn't depend on its input for autograd. The
+            gradient of every layer below would be zero or incomplete without a sign of it.
     """
     handles = []
     try:
-        for index, module in enumerate(modules):
-            handles.append(module.register_forward_hook(_make_hook(index, sink)))
+        for index, (name, module) in enumerate(modules.items()):
+            handles.append(module.register_forward_hook(_make_hook(name, index, sink)))
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _make_hook(index: int, sink: Sink) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
+def _make_hook(name: str, index: int, sink: Sink) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
     def hook(module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor | None:
         if not torch.is_grad_enabled():  # the first forward of a reentrant checkpoint
             return None
+        if args[0].requires_grad and not y.requires_grad:
+            raise ValueError(
+                f"Layer {name}: {type(module).__name__} ({type(getattr(module, 'weight', None)).__name__}) passes no "
+                "gradient from its output to its input, so the gradients of the layers before it can't be read. Load "
+                "the base in a format that can be trained through (weight-only quantisation, say), or use "
+                "LoRAGAConfig(init='none')."
+            )
         root = torch.zeros((), device=y.device, requires_grad=True)
         return _Tap.apply(y, args[0], root, lambda x, dy: sink(index, x, dy))
 

@@ -63,6 +63,13 @@ def test_conv1d_has_its_in_and_out_features_the_right_way_round():
     assert torch.equal(layer.dense_weight(), layer.base.weight.T)
 
 
+def test_a_plain_weight_is_stored_as_itself_and_its_bias_is_not_part_of_it():
+    layer = find_adapted_layers(tiny.with_lora(tiny.gpt2(), target_modules=["c_attn"], fan_in_fan_out=True))[0]
+    assert layer.base.bias is not None
+    (stored,) = layer.stored_weight()
+    assert torch.equal(stored, layer.base.weight)
+
+
 def test_s_is_alpha_over_r_and_over_its_root_with_rslora():
     plain = find_adapted_layers(tiny.with_lora(tiny.llama(), r=4, lora_alpha=6))
     rooted = find_adapted_layers(tiny.with_lora(tiny.llama(), r=4, lora_alpha=6, use_rslora=True))
