@@ -49,7 +49,7 @@ def fingerprint_base(model: PeftModel, layers: Sequence[AdaptedLayer]) -> str:
         digest.update(json.dumps(kept, sort_keys=True, default=str).encode())
     for layer in layers:
         digest.update(layer.name.encode())
-        digest.update(_sample(layer.base.weight))
+        digest.update(_sample(layer.weight))
     return digest.hexdigest()[:32]
 
 
