@@ -14,12 +14,22 @@ from .anchor import factor_rank, is_anchored
 from .borrow import borrowed
 from .config import LoRAGAConfig
 from .engines import probed_module, write_parameter
+from .experts import join_A, join_B, split_A
 from .factors import lora_ga_factors, lora_one_factors
 from .layers import AdaptedLayer, require_peft_model
 from .probe import GradientEstimate, estimate_gradients
 from .probe_file import load_estimate, save_estimate
 from .recovery import TopSVD
-from .report import INITIALISED, OVERLAPPING, PADDED, UNREACHED, ZERO_GRADIENT, GradientReport, LayerReport
+from .report import (
+    INITIALISED,
+    OVERLAPPING,
+    PADDED,
+    UNREACHED,
+    ZERO_GRADIENT,
+    GradientReport,
+    LayerReport,
+    report_experts,
+)
 from .samples import count_items, mean_loss
 
 
@@ -49,7 +59,10 @@ def start_adapter(
     """
     begin = time.perf_counter()
     estimate = _estimate(trainer, config, layers, probe_dataset)
-    starts = [_compute_start(layer, index, estimate, config) for index, layer in enumerate(layers)]
+    starts, index = [], 0
+    for layer in layers:
+        starts.append(_compute_start(layer, index, estimate, config))
+        index += layer.experts
     for layer, (factors, _) in zip(layers, starts, strict=True):
         if factors is not None:
             write_start(layer, *factors)
@@ -87,13 +100,34 @@ def _estimate(
 def _compute_start(
     layer: AdaptedLayer, index: int, estimate: GradientEstimate, config: LoRAGAConfig
 ) -> tuple[tuple[Tensor, Tensor] | None, LayerReport]:
-    """Return `(B0, A0)`, or `None` for a plain start, and what to report."""
+    """Return `B0 (E, out, r)`, `A0 (E, r, in)`, or `None` for a plain start, and what to report."""
+    starts, reports = zip(
+        *(_start_matrix(layer, expert, index + expert, estimate, config) for expert in range(layer.experts)),
+        strict=True,
+    )
+    report = reports[0] if layer.parameter_name is None else report_experts(layer.name, reports)
+    if all(start is None for start in starts):
+        return None, report
+    # The plain start of an expert is B0 = 0 and the random A that PEFT gave it.
+    A0 = split_A(layer.stored_A.detach(), layer.experts)[:, : factor_rank(layer)].float()
+    B0 = A0.new_zeros(layer.experts, layer.shape[0], factor_rank(layer))
+    for expert, start in enumerate(starts):
+        if start is not None:
+            B0[expert], A0[expert] = start
+    return (B0, A0), report
+
+
+def _start_matrix(
+    layer: AdaptedLayer, expert: int, index: int, estimate: GradientEstimate, config: LoRAGAConfig
+) -> tuple[tuple[Tensor, Tensor] | None, LayerReport]:
+    """Return `B0 (out, r)`, `A0 (r, in)` of one weight, or `None` for a plain start, and what to report."""
     r, (out_features, in_features) = factor_rank(layer), layer.shape
     m = min(out_features, in_features)
-    estimator = estimate.estimators[layer.name]
+    name = layer.matrices[expert]
+    estimator = estimate.estimators[name]
     top = estimator.svd(min(2 * r, m))
     report = LayerReport(
-        name=layer.name,
+        name=name,
         shape=layer.shape,
         rank=r,
         scale=0.0,
@@ -111,19 +145,19 @@ def _compute_start(
         report.action = PADDED
     elif 2 * r > m and config.init == "lora_ga":
         report.action = OVERLAPPING
-    factors = _factors(layer, r, top, index, config)
+    factors = _factors(layer, expert, r, top, index, config)
     report.scale = torch.linalg.vector_norm(factors[1], dim=1).max().item()
     return factors, report
 
 
 def _factors(
-    layer: AdaptedLayer, r: int, top: TopSVD, index: int, config: LoRAGAConfig
+    layer: AdaptedLayer, expert: int, r: int, top: TopSVD, index: int, config: LoRAGAConfig
 ) -> tuple[Tensor, Tensor]:  # B0 (out, r), A0 (r, in)
     # Seeded by the layer's place, never by hash(), which differs between processes.
     generator = torch.Generator().manual_seed(config.probe_seed * 1_000_003 + index)
     if config.init == "lora_one":
         return lora_one_factors(top.U, top.S, top.Vt, r, gamma=config.gamma, generator=generator)
-    weight_values = torch.linalg.svdvals(layer.dense_weight().float()) if config.scale == "weight_svd" else None
+    weight_values = torch.linalg.svdvals(layer.dense_weight(expert).float()) if config.scale == "weight_svd" else None
     return lora_ga_factors(
         top.U,
         top.S,
@@ -141,22 +175,24 @@ def _factors(
 @torch.no_grad()
 def write_start(
     layer: AdaptedLayer,
-    B0: Tensor,  # (out, r)
-    A0: Tensor,  # (r, in)
+    B0: Tensor,  # (E, out, r), or (out, r)
+    A0: Tensor,  # (E, r, in), or (r, in)
 ) -> None:
     """
     Write the start of one layer in place: `[A0; 0]`, `[0, B0]` in an anchored layer, `A0`, `B0` in a plain one.
 
     A plain start moves the weight, so DoRA's magnitude becomes `||W + s B0 A0||` of each row.
     """
+    if B0.dim() == 2:
+        B0, A0 = B0[None], A0[None]
     if is_anchored(layer):
-        write_parameter(layer.lora_A.weight, torch.cat([A0, torch.zeros_like(A0)]))
-        write_parameter(layer.lora_B.weight, torch.cat([torch.zeros_like(B0), B0], dim=1))
+        write_parameter(layer.stored_A, join_A(torch.cat([A0, torch.zeros_like(A0)], dim=1)))
+        write_parameter(layer.stored_B, join_B(torch.cat([torch.zeros_like(B0), B0], dim=2)))
         return
-    write_parameter(layer.lora_A.weight, A0)
-    write_parameter(layer.lora_B.weight, B0)
+    write_parameter(layer.stored_A, join_A(A0))
+    write_parameter(layer.stored_B, join_B(B0))
     if layer.uses_dora:
-        write_parameter(layer.dora_parameter, layer.dora_magnitude(layer.s * (B0 @ A0)))
+        write_parameter(layer.dora_parameter, layer.dora_magnitude(layer.s * (B0[0] @ A0[0])))
 
 
 def _loss_after(trainer: Trainer, estimate: GradientEstimate) -> float | None:
