@@ -241,9 +241,13 @@ def counted_gradients(model: nn.Module) -> Iterator[Tensor]:
     """
     tied = {id(module.stored): module.experts for module in model.modules() if isinstance(module, AnchoredA)}
     for parameter in model.parameters():
-        if parameter.grad is not None:
-            experts = tied.get(id(parameter))
-            yield parameter.grad if experts is None else split_A(parameter.grad, experts).chunk(2, dim=1)[0]
+        if parameter.grad is None:
+            continue
+        experts = tied.get(id(parameter), 0)
+        if experts > 1:
+            yield split_A(parameter.grad, experts).chunk(2, dim=1)[0]
+        else:
+            yield parameter.grad.chunk(2, dim=0)[0] if experts else parameter.grad
 
 
 def net_factors(layer: AdaptedLayer) -> tuple[Tensor, Tensor]:

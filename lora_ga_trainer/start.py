@@ -14,8 +14,8 @@ from .anchor import factor_rank, is_anchored
 from .borrow import borrowed
 from .config import LoRAGAConfig
 from .engines import probed_module, write_parameter
-from .experts import join_A, join_B, split_A
-from .factors import lora_ga_factors, lora_one_factors
+from .experts import join_A, join_B
+from .factors import lora_ga_factors, lora_one_factors, random_rows
 from .layers import AdaptedLayer, require_peft_model
 from .probe import GradientEstimate, estimate_gradients
 from .probe_file import load_estimate, save_estimate
@@ -108,13 +108,24 @@ def _compute_start(
     report = reports[0] if layer.parameter_name is None else report_experts(layer.name, reports)
     if all(start is None for start in starts):
         return None, report
-    # The plain start of an expert is B0 = 0 and the random A that PEFT gave it.
-    A0 = split_A(layer.stored_A.detach(), layer.experts)[:, : factor_rank(layer)].float()
-    B0 = A0.new_zeros(layer.experts, layer.shape[0], factor_rank(layer))
-    for expert, start in enumerate(starts):
-        if start is not None:
-            B0[expert], A0[expert] = start
+    done = next(start for start in starts if start is not None)
+    starts = [start or _plain_start(*done, _generator(index + e, config)) for e, start in enumerate(starts)]
+    B0, A0 = (torch.stack(side) for side in zip(*starts, strict=True))
     return (B0, A0), report
+
+
+def _plain_start(
+    like_B: Tensor,  # (out, r)
+    like_A: Tensor,  # (r, in)
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:  # B0 (out, r), A0 (r, in)
+    """Start an expert without a gradient as PEFT does, drawn anew: what is stored may be sharded."""
+    return torch.zeros_like(like_B), random_rows(like_A.shape[0], like_A, generator)
+
+
+def _generator(index: int, config: LoRAGAConfig) -> torch.Generator:
+    """Seed by the place of the weight, never by hash(), which differs between processes."""
+    return torch.Generator().manual_seed(config.probe_seed * 1_000_003 + index)
 
 
 def _start_matrix(
@@ -153,8 +164,7 @@ def _start_matrix(
 def _factors(
     layer: AdaptedLayer, expert: int, r: int, top: TopSVD, index: int, config: LoRAGAConfig
 ) -> tuple[Tensor, Tensor]:  # B0 (out, r), A0 (r, in)
-    # Seeded by the layer's place, never by hash(), which differs between processes.
-    generator = torch.Generator().manual_seed(config.probe_seed * 1_000_003 + index)
+    generator = _generator(index, config)
     if config.init == "lora_one":
         return lora_one_factors(top.U, top.S, top.Vt, r, gamma=config.gamma, generator=generator)
     weight_values = torch.linalg.svdvals(layer.dense_weight(expert).float()) if config.scale == "weight_svd" else None
