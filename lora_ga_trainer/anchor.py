@@ -9,6 +9,9 @@ kept here as an ordinary LoRA adapter of rank 2r in *delta form*
 whose plain product is `(B - B0) A + B0 (A - A0) = B A - B0 A0`: exactly zero at the start, `[A0; 0]` and `[0, B0]`,
 and free of cancellation later. The halves of `lora_A` are *tied*: both receive the gradient of `A`, the sum of their
 own, so that an elementwise optimizer moves them in lockstep. The `B0` half of `lora_B` receives none.
+
+Fused experts store one such pair an expert (see `lora_ga_trainer.experts` for the layout): the rows `[A; A - A0]` of
+one expert lie together, the columns of all `B - B0` come before those of all `B0`.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
 
+from .experts import join_A, split_A
 from .fingerprint import fingerprint_base
 from .layers import AdaptedLayer, active_adapter, find_adapted_layers, require_peft_model
 from .record import attach_record, read_record
@@ -33,17 +37,18 @@ logger = logging.getLogger(__name__)
 
 
 class _TieHalves(torch.autograd.Function):
-    """The identity on `[A; A - A0]`; both halves receive `dL/dA`, the sum of their gradients."""
+    """The identity on `[A; A - A0]` of each expert; both halves receive `dL/dA`, the sum of their gradients."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor) -> Tensor:  # (2r, in)
+    def forward(ctx: Any, weight: Tensor, experts: int) -> Tensor:  # (E * 2r, in)
+        ctx.experts = experts
         return weight.view_as(weight)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # (2r, in)
-        upper, lower = grad.chunk(2, dim=0)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # (E * 2r, in)
+        upper, lower = split_A(grad, ctx.experts).chunk(2, dim=1)
         both = upper + lower
-        return torch.cat([both, both])
+        return join_A(torch.cat([both, both], dim=1)), None
 
 
 class _FreezeSecondHalf(torch.autograd.Function):
@@ -62,15 +67,49 @@ class _FreezeSecondHalf(torch.autograd.Function):
 class AnchoredA(nn.Linear):
     """`lora_A` in delta form: an `nn.Linear` of weight `[A; A - A0] (2r, in)` with tied halves."""
 
+    experts = 1
+
+    @property
+    def stored(self) -> nn.Parameter:
+        return self._parameters["weight"]
+
+    def tied(self) -> Tensor:
+        return _TieHalves.apply(self.stored, self.experts)
+
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., 2r)
-        return F.linear(x, _TieHalves.apply(self.weight), self.bias)
+        return F.linear(x, self.tied(), self.bias)
 
 
 class AnchoredB(nn.Linear):
     """`lora_B` in delta form: an `nn.Linear` of weight `[B - B0, B0] (out, 2r)` whose second half is frozen."""
 
+    def frozen(self) -> Tensor:
+        return _FreezeSecondHalf.apply(self._parameters["weight"])
+
     def forward(self, x: Tensor) -> Tensor:  # (..., 2r) -> (..., out)
-        return F.linear(x, _FreezeSecondHalf.apply(self.weight), self.bias)
+        return F.linear(x, self.frozen(), self.bias)
+
+
+class AnchoredExpertsA(AnchoredA):
+    """
+    `lora_A` of fused experts in delta form, `(E * 2r, in)`.
+
+    PEFT never calls it: it reads `weight` and adds the product of the factors to the experts' own weights. So reading
+    `weight` where gradients are recorded gives the tied halves, and elsewhere the parameter. The parameter keeps its
+    place and name: saving, loading, copying and moving see a plain `nn.Linear`.
+    """
+
+    @property
+    def weight(self) -> Tensor:
+        return self.tied() if torch.is_grad_enabled() else self.stored
+
+
+class AnchoredExpertsB(AnchoredB):
+    """`lora_B` of fused experts in delta form, `(out, 2r * E)`; read as [`AnchoredExpertsA`] is."""
+
+    @property
+    def weight(self) -> Tensor:
+        return self.frozen() if torch.is_grad_enabled() else self._parameters["weight"]
 
 
 def is_anchored(layer: AdaptedLayer) -> bool:
@@ -103,10 +142,15 @@ def expand_adapter(model: PeftModel, layers: list[AdaptedLayer]) -> None:
 
 @torch.no_grad()
 def _expand_layer(layer: AdaptedLayer, grow_alpha: float) -> None:
-    A, B = layer.lora_A.weight, layer.lora_B.weight
+    A, B = split_A(layer.stored_A, layer.experts), layer.stored_B
+    wide_A = join_A(torch.cat([A, torch.zeros_like(A)], dim=1))
+    wide_B = torch.cat([torch.zeros_like(B)] * 2, dim=1)
+    _anchor(
+        layer,
+        nn.Parameter(wide_A, requires_grad=layer.stored_A.requires_grad),
+        nn.Parameter(wide_B, requires_grad=layer.stored_B.requires_grad),
+    )
     module, name = layer.module, layer.adapter
-    module.lora_A[name] = _rebuild(AnchoredA, torch.cat([A, torch.zeros_like(A)]), A, None)
-    module.lora_B[name] = _rebuild(AnchoredB, torch.cat([torch.zeros_like(B)] * 2, dim=1), B, layer.lora_B.bias)
     module.r[name] *= 2
     module.lora_alpha[name] *= grow_alpha
     # What PEFT computes when it rebuilds the layer: with rsLoRA it may differ from s in the last bit.
@@ -114,22 +158,32 @@ def _expand_layer(layer: AdaptedLayer, grow_alpha: float) -> None:
     module.scaling[name] = module.lora_alpha[name] / (math.sqrt(rank) if module.use_rslora[name] else rank)
 
 
-def _rebuild(kind: type[nn.Linear], weight: Tensor, like: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
-    """Make a linear layer of `kind` around `weight`, trainable as `like` was, keeping the `bias` parameter itself."""
-    linear = kind(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    is_parameter = isinstance(weight, nn.Parameter)
-    linear.weight = weight if is_parameter else nn.Parameter(weight, requires_grad=like.requires_grad)
-    if bias is not None:
-        linear.bias = bias
-    return linear
-
-
 def tie_adapter(layers: list[AdaptedLayer]) -> None:
     """Make loaded factors in delta form behave as such: halves tied, `B0` frozen. The parameters stay the same."""
     for layer in layers:
-        A, B = layer.lora_A, layer.lora_B
-        layer.module.lora_A[layer.adapter] = _rebuild(AnchoredA, A.weight, A.weight, None)
-        layer.module.lora_B[layer.adapter] = _rebuild(AnchoredB, B.weight, B.weight, B.bias)
+        _anchor(layer, layer.stored_A, layer.stored_B)
+
+
+def _anchor(
+    layer: AdaptedLayer,
+    A: nn.Parameter,  # (E * 2r, in)
+    B: nn.Parameter,  # (out, 2r * E)
+) -> None:
+    """Put anchored modules around factors in delta form, keeping the bias of `lora_B`."""
+    bare = layer.parameter_name is not None
+    lora_A = _build(AnchoredExpertsA if bare else AnchoredA, A, None)
+    lora_A.experts = layer.experts
+    layer.module.lora_B[layer.adapter] = _build(AnchoredExpertsB if bare else AnchoredB, B, layer.lora_B.bias)
+    layer.module.lora_A[layer.adapter] = lora_A
+
+
+def _build(kind: type[nn.Linear], weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.__class__ = kind  # not kind(...): while nn.Linear is being made there is no weight to read
+    linear.weight = weight
+    if bias is not None:
+        linear.bias = bias
+    return linear
 
 
 def load_adapter(base_model: nn.Module, folder: str | os.PathLike[str], **kwargs: Any) -> PeftModel:
@@ -191,11 +245,16 @@ def counted_gradients(
         model: the model.
         read: gives the whole gradient of a parameter.
     """
-    tied = {id(module.weight) for module in model.modules() if isinstance(module, AnchoredA)}
+    tied = {id(module.stored): module.experts for module in model.modules() if isinstance(module, AnchoredA)}
     for parameter in model.parameters():
         gradient = read(parameter)
-        if gradient is not None:
-            yield gradient.chunk(2, dim=0)[0] if id(parameter) in tied else gradient
+        if gradient is None:
+            continue
+        experts = tied.get(id(parameter), 0)
+        if experts > 1:
+            yield split_A(gradient, experts).chunk(2, dim=1)[0]
+        else:
+            yield gradient.chunk(2, dim=0)[0] if experts else gradient
 
 
 def net_factors(layer: AdaptedLayer) -> tuple[Tensor, Tensor]:

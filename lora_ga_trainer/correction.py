@@ -14,7 +14,7 @@ from transformers.training_args import OptimizerNames
 from .anchor import anchored_parameter_names
 from .config import LoRAGAConfig
 from .engines import gives_gradients, holds_whole_gradients, steps_by_itself
-from .layers import require_peft_model
+from .layers import find_adapted_layers, require_peft_model
 from .lora_pro_adamw import LoRAProAdamW
 from .lora_pro_wrapper import LoRAProOptimizer
 
@@ -146,6 +146,12 @@ def _peft_optimizer(trainer: Trainer, model: Any, config: LoRAGAConfig) -> Optim
             loraplus_lr_ratio=config.loraplus_lr_ratio,
             loraplus_weight_decay=decay,
             **options,
+        )
+    bare = [layer.name for layer in find_adapted_layers(model) if layer.parameter_name is not None]
+    if bare:
+        raise ValueError(
+            f"riemannian_reg={config.riemannian_reg}: {bare[0]} is a parameter of `target_parameters`, whose stored "
+            "factors mix the ranks of all experts. Leave it out, or leave riemannian_reg unset."
         )
     anchored = sorted(anchored_parameter_names(model))
     if anchored:

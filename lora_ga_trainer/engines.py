@@ -78,6 +78,11 @@ def probed_module(trainer: Trainer) -> nn.Module:
     return trainer.model
 
 
+def is_sharded(parameter: Tensor) -> bool:
+    """Tell whether this process has a part of the parameter only."""
+    return isinstance(parameter, DTensor) or _is_partitioned(parameter)
+
+
 @torch.no_grad()
 def read_parameter(parameter: Tensor) -> Tensor:
     """Return the full value of a parameter, sharded or not: a copy, or the parameter's own storage. Collective."""

@@ -34,15 +34,23 @@ def export_adapter(model: PeftModel, folder: str | os.PathLike[str], rank: int) 
         together under `"total"`.
 
     Raises:
-        `ValueError`: if `rank < 1` or the model has no LoRA adapter.
+        `ValueError`: if `rank < 1`, if the model has no LoRA adapter, or if the adapter is on fused experts.
     """
     if type(rank) is not int or rank < 1:
         raise ValueError(f"export_adapter: rank={rank!r} must be a whole number of at least 1.")
     model = require_peft_model(model)
     adapter = active_adapter(model)
+    layers = find_lora_layers(model)
+    for layer in layers:
+        if layer.parameter_name is not None:
+            raise ValueError(
+                f"export_adapter: {layer.name} is a parameter of `target_parameters` ({layer.experts} experts); only "
+                "the factors of linear layers can be truncated. Serve the adapter at its stored rank "
+                f"({layer.rank}), or merge it with `merge_and_unload()`."
+            )
     tensors = get_peft_model_state_dict(model, adapter_name=adapter)
     errors, lost, whole = {}, 0.0, 0.0
-    for layer in find_lora_layers(model):
+    for layer in layers:
         B, A, lost_here, whole_here = _truncate(layer, rank)
         key = f"base_model.model.{layer.name}"
         tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = A, B

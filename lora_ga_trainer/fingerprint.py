@@ -26,6 +26,7 @@ _VOLATILE = (
     "_name_or_path",
     "architectures",
     "bos_token_id",
+    "distributed_config",
     "dtype",
     "eos_token_id",
     "gradient_checkpointing",

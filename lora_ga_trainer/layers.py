@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, PeftType
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.integrations import dequantize_module_weight
@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.pytorch_utils import Conv1D
 
 from .engines import read_parameter
+from .experts import split_A, split_B
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,26 @@ class AdaptedLayer:
     def base(self) -> nn.Module:
         """The frozen layer: maps `x (..., in)` to `y (..., out)`."""
         return self.module.get_base_layer()
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight as it is stored."""
+        return self.base.weight
+
+    @property
+    def parameter_name(self) -> str | None:
+        """What `target_parameters` calls the weight inside `base`; `None` for a layer of `target_modules`."""
+        return None
+
+    @property
+    def experts(self) -> int:
+        """How many weights `W (out, in)` lie in `weight`, each with factors of its own: 1 in a linear layer."""
+        return 1
+
+    @property
+    def matrices(self) -> list[str]:
+        """Name each of these weights."""
+        return [self.name]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -53,6 +74,16 @@ class AdaptedLayer:
     @property
     def lora_B(self) -> nn.Linear:
         return self.module.lora_B[self.adapter]
+
+    @property
+    def stored_A(self) -> nn.Parameter:
+        """The parameter of `lora_A`: `(experts * rank, in)`."""
+        return self.lora_A._parameters["weight"]
+
+    @property
+    def stored_B(self) -> nn.Parameter:
+        """The parameter of `lora_B`: `(out, rank * experts)`."""
+        return self.lora_B._parameters["weight"]
 
     @property
     def uses_dora(self) -> bool:
@@ -81,6 +112,10 @@ class AdaptedLayer:
             )
         return weight
 
+    def dense_weights(self) -> Tensor:  # (E, out, in)
+        """Return [`dense_weight`] of every matrix of the layer: one, or one an expert."""
+        return self.dense_weight()[None]
+
     def stored_weight(self) -> list[Tensor]:
         """
         List the tensors that `W` is stored as: itself, or the codes, scales and offsets of a quantised weight.
@@ -100,6 +135,44 @@ class AdaptedLayer:
     @property
     def dora_parameter(self) -> nn.Parameter:
         return self.module.lora_magnitude_vector[self.adapter].weight
+
+
+@dataclass(frozen=True)
+class AdaptedExperts(AdaptedLayer):
+    """
+    The fused weights of all experts of a layer, or any other bare parameter of `target_parameters`.
+
+    PEFT adds `s B A` to the parameter itself, so the layer has no input and output of its own.
+    """
+
+    @property
+    def weight(self) -> Tensor:
+        """`(E, out, in)`, `(E, in, out)` where the model stores it so, or `(out, in)`."""
+        return self.module.get_param()
+
+    @property
+    def parameter_name(self) -> str:
+        return self.module.parameter_name
+
+    @property
+    def experts(self) -> int:
+        return self.module.num_experts
+
+    @property
+    def matrices(self) -> list[str]:
+        return [f"{self.name}[{expert}]" for expert in range(self.experts)]
+
+    def by_expert(self, stored: Tensor) -> Tensor:  # as `weight` -> (E, out, in), a view
+        """Bring the weight, or a gradient of its shape, to the orientation of `G`."""
+        if stored.dim() == 2:
+            return stored[None]
+        return stored.mT if getattr(self.base, "is_transposed", False) else stored
+
+    def dense_weights(self) -> Tensor:  # (E, out, in)
+        return self.by_expert(read_parameter(self.weight))
+
+    def stored_weight(self) -> list[Tensor]:
+        return [read_parameter(self.weight)]
 
 
 def _parts(value: Tensor) -> list[Tensor]:
@@ -151,7 +224,7 @@ def find_adapted_layers(model: PeftModel) -> list[AdaptedLayer]:
             merged into the base, or if no layer is trainable.
     """
     every = find_lora_layers(model)
-    layers = [layer for layer in every if layer.lora_A.weight.requires_grad or layer.lora_B.weight.requires_grad]
+    layers = [layer for layer in every if layer.stored_A.requires_grad or layer.stored_B.requires_grad]
     if not layers:
         raise ValueError(
             f"Adapter {active_adapter(model)!r} has no trainable LoRA layer ({len(every)} frozen). Load it with "
@@ -172,12 +245,18 @@ def find_lora_layers(model: PeftModel) -> list[AdaptedLayer]:
     List the layers of the active adapter, trained or not, in the model's order.
 
     Raises:
-        `ValueError`: if a layer is not a linear one.
+        `ValueError`: if a layer is neither a linear one nor a bare parameter.
     """
     adapter = active_adapter(model)
-    layers = []
+    layers: list[AdaptedLayer] = []
     for name, module in model.get_base_model().named_modules():
-        if isinstance(module, BaseTunerLayer) and _carries(module, adapter):
+        if not isinstance(module, BaseTunerLayer) or not _carries(module, adapter):
+            continue
+        if isinstance(module, ParamWrapper):
+            # Wrappers of one module are nested; the name is that of the parameter in the base model.
+            owner = name.replace(".base_layer", "")
+            layers.append(AdaptedExperts(f"{owner}.{module.parameter_name}", module, adapter))
+        else:
             _require_linear(name, module, adapter)
             layers.append(AdaptedLayer(name, module, adapter))
     return layers
@@ -208,11 +287,12 @@ def saved_modules(model: PeftModel) -> list[nn.Module]:
 @torch.no_grad()
 def is_trained(layer: AdaptedLayer) -> bool:
     """Tell whether the layer's adapter already moves the output: `B A != 0`, not merely `B != 0`."""
-    A, B = layer.lora_A.weight.double(), layer.lora_B.weight.double()
     if layer.lora_B.bias is not None and layer.lora_B.bias.any():
         return True
+    A = split_A(layer.stored_A.double(), layer.experts)  # (E, r, in)
+    B = split_B(layer.stored_B.double(), layer.experts)  # (E, out, r)
     # A random vector in the null space of a nonzero B A has probability zero, and B (A v) needs no (out, in) buffer.
-    v = torch.randn(A.shape[1], generator=torch.Generator().manual_seed(0), dtype=A.dtype).to(A.device)
+    v = torch.randn(A.shape[-1], 1, generator=torch.Generator().manual_seed(0), dtype=A.dtype).to(A.device)
     return bool((B @ (A @ v)).any())
 
 
@@ -246,6 +326,10 @@ def _is_linear_pair(pair: AdaptedLayer) -> bool:
         return False
     A, B, r = pair.lora_A, pair.lora_B, pair.rank
     out_features, in_features = pair.shape
+    # A single bare parameter has the shapes of a linear layer, and counts as one unless it is anchored: then
+    # `lora_A.weight` is not the parameter.
+    if isinstance(pair.module, ParamWrapper) and type(A) is not nn.Linear:
+        return False
     if not isinstance(A, nn.Linear) or not isinstance(B, nn.Linear):
         return False
     # Fused experts keep (experts * r, in) in an nn.Linear. A sharded weight does not show its shape.

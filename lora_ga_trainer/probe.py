@@ -29,7 +29,7 @@ from .samples import (
     sample_pieces,
 )
 from .sketch import Estimator, forget_shared_matrices, make_estimators
-from .tap import tapped
+from .tap import tapped, tapped_parameters
 
 
 if TYPE_CHECKING:
@@ -58,7 +58,8 @@ class GradientEstimate:
     What the probe learned.
 
     Args:
-        estimators: one per adapted layer, by name, holding `G = dL/dW (out, in)` of the item-weighted mean loss.
+        estimators: one per adapted layer, of fused experts one each, by name, holding `G = dL/dW (out, in)` of the
+            item-weighted mean loss.
         samples: examples used, over all processes.
         items: what the loss is a mean over (label tokens, or examples), over all processes.
         tokens: input tokens that passed through the model, over all processes.
@@ -145,9 +146,9 @@ class _Probe:
     ) -> None:
         self.trainer, self.model, self.config, self.layers = trainer, model, config, layers
         self.loss_scale = loss_scale
-        shapes = [(layer.name, layer.shape) for layer in layers]
+        shapes = [(name, layer.shape) for layer in layers for name in layer.matrices]
         self.estimators = make_estimators(shapes, config, max(factor_rank(layer) for layer in layers))
-        self.by_index = list(self.estimators.values())
+        self.by_index = [[self.estimators[name] for name in layer.matrices] for layer in layers]
         self.hits = [0] * len(layers)
         self.met: list[int] = []  # layers in the order in which this backward pass reached them
         self.weight = 0.0
@@ -158,35 +159,53 @@ class _Probe:
 
     def run(self) -> GradientEstimate:
         start = time.perf_counter()
-        sketches = [index for index, estimator in enumerate(self.by_index) if estimator.sketched]
+        sketches = [index for index, estimators in enumerate(self.by_index) if estimators[0].sketched]
         with self._progress_bar(passes=2 if sketches else 1) as bar:
             with preserved_rng():
                 self._pass(range(len(self.layers)), bar, first=True)
             items = self._finish_first_pass()
             if sketches:
-                self._sum([self.by_index[index] for index in sketches])
-                self._turn([self.by_index[index] for index in sketches])
+                sketched = [estimator for index in sketches for estimator in self.by_index[index]]
+                self._sum(sketched)
+                self._turn(sketched)
                 self._pass(sketches, bar, first=False)
-        self._sum(self.by_index)
-        for estimator in self.by_index:
+        self._sum(list(self.estimators.values()))
+        for estimator in self.estimators.values():
             estimator.divide(items)
         return self._result(items, time.perf_counter() - start)
 
     def _pass(self, indices: Sequence[int], bar: tqdm, first: bool) -> None:
         """Run every sample once, with taps in the layers at `indices`."""
-        sink = lambda tap, x, dy: self._collect(indices[tap], x, dy)
-        with tapped({self.layers[index].name: self.layers[index].base for index in indices}, sink):
+        bare = [index for index in indices if self.layers[index].parameter_name is not None]
+        linear = [index for index in indices if self.layers[index].parameter_name is None]
+        layers = {self.layers[index].name: self.layers[index].base for index in linear}
+        places = [(self.layers[index].base, self.layers[index].parameter_name) for index in bare]
+        with (
+            tapped(layers, lambda tap, x, dy: self._collect(linear[tap], x, dy)),
+            tapped_parameters(places, lambda tap, dW: self._collect_dense(bare[tap], dW)),
+        ):
             for number, piece in enumerate(sample_pieces(self.trainer, [self.config.num_samples])):
                 self._step(number, piece, first)
                 bar.update(piece.samples)
 
     def _collect(self, index: int, x: Tensor, dy: Tensor) -> None:
-        self.hits[index] += 1
-        self.met.append(index)
+        self._meet(index)
         if self.weight > 0:
-            estimator = self.by_index[index]
+            (estimator,) = self.by_index[index]
             estimator.place(dy.device)
             estimator.add(x, dy, self.weight / self.loss_scale)
+
+    def _collect_dense(self, index: int, dW: Tensor) -> None:
+        """Fold the gradient of all experts of a layer into their accumulators; the caller frees it."""
+        self._meet(index)
+        if self.weight > 0:
+            for estimator, G in zip(self.by_index[index], self.layers[index].by_expert(dW), strict=True):
+                estimator.place(G.device)
+                estimator.add_gradient(G, self.weight / self.loss_scale)
+
+    def _meet(self, index: int) -> None:
+        self.hits[index] += 1
+        self.met.append(index)
 
     def _step(self, number: int, piece: Piece, first: bool) -> None:
         items = count_items(self.trainer, piece.batch)
@@ -216,7 +235,7 @@ class _Probe:
         if not met:
             return
         # A NaN or an infinity anywhere makes the sum of an accumulator non-finite: one small number a layer.
-        checks = torch.stack([self.by_index[index].sums()[0].sum().cpu() for index in met])
+        checks = torch.stack([sum(e.sums()[0].sum() for e in self.by_index[index]).cpu() for index in met])
         bad = [index for index, check in zip(met, checks.tolist(), strict=True) if not math.isfinite(check)]
         if bad:
             more = f" (the backward pass carried it to {len(bad) - 1} more layers)" if len(bad) > 1 else ""

@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from .anchor import factor_rank
 from .config import LoRAGAConfig
@@ -84,12 +85,13 @@ def load_estimate(
         for key, tensor in stored.items():
             if not torch.isfinite(tensor).all():
                 raise KeyError(f"{key} is not finite")
+        states: dict[str, dict[str, Tensor]] = {name: {} for layer in layers for name in layer.matrices}
+        for key, tensor in stored.items():
+            name, _, part = key.partition("|")
+            if name in states:
+                states[name][part] = tensor
         estimators = {
-            layer.name: restore_estimator(
-                {key.split("|", 1)[1]: value for key, value in stored.items() if key.split("|", 1)[0] == layer.name},
-                layer.shape,
-            )
-            for layer in layers
+            name: restore_estimator(states[name], layer.shape) for layer in layers for name in layer.matrices
         }
     except (SafetensorError, OSError, KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
         raise ValueError(
@@ -129,9 +131,10 @@ def _require_use(
         )
     for layer in layers:
         needed = min(2 * factor_rank(layer), *layer.shape)
-        if estimators[layer.name].directions < needed:
+        directions = min(estimators[name].directions for name in layer.matrices)
+        if directions < needed:
             raise ValueError(
-                f"probe_file={config.probe_file!r} holds {estimators[layer.name].directions} directions of layer "
+                f"probe_file={config.probe_file!r} holds {directions} directions of layer "
                 f"{layer.name}, rank {factor_rank(layer)} needs {needed}. Delete it to probe anew with a larger "
                 "sketch_size, or name another file."
             )

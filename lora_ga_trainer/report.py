@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,10 @@ PLAIN = (ZERO_GRADIENT, UNREACHED)
 @dataclass
 class LayerReport:
     """
-    One adapted layer.
+    One adapted layer, or all experts of a fused one.
+
+    For experts `singular_values` are root mean squares and the energy shares those of all gradients together, over the
+    experts that were started; `energy_kept` and `scale` are the smallest and the largest of theirs.
 
     Args:
         name: inside the base model.
@@ -34,6 +39,9 @@ class LayerReport:
             itself judges it; 1 for an exact one.
         sketched: whether the estimator was a sketch.
         action: what was done.
+        experts: weights of this shape that share the layer; 1 in a linear layer.
+        experts_plain: of these, those left at a plain LoRA start because their gradient is zero: the samples never
+            reached them.
     """
 
     name: str
@@ -46,6 +54,31 @@ class LayerReport:
     energy_kept: float
     sketched: bool
     action: str
+    experts: int = 1
+    experts_plain: int = 0
+
+
+def report_experts(name: str, reports: Sequence[LayerReport]) -> LayerReport:
+    """Sum up the reports of the experts of one layer."""
+    started = [report for report in reports if not report.action.startswith("plain start")]
+    plain = len(reports) - len(started)
+    if not started:
+        return replace(reports[0], name=name, experts=len(reports), experts_plain=plain)
+    energies = [[value**2 for value in report.singular_values] for report in started]
+    # share = held / total, so each expert's total is what its top directions hold over their share.
+    totals = [sum(energy) / report.energy_share_2r for energy, report in zip(energies, started, strict=True)]
+    rank = started[0].rank
+    return replace(
+        started[0],
+        name=name,
+        scale=max(report.scale for report in started),
+        singular_values=[math.sqrt(sum(column) / len(started)) for column in zip(*energies, strict=True)],
+        energy_share_r=sum(sum(energy[:rank]) for energy in energies) / sum(totals),
+        energy_share_2r=sum(sum(energy) for energy in energies) / sum(totals),
+        energy_kept=min(report.energy_kept for report in started),
+        experts=len(reports),
+        experts_plain=plain,
+    )
 
 
 @dataclass
@@ -94,12 +127,19 @@ class GradientReport:
             "energy_share_2r": _mean([layer.energy_share_2r for layer in started]),
             "energy_kept_min": min((layer.energy_kept for layer in started), default=None),
         }
+        fused = [layer for layer in self.layers if layer.experts > 1]
+        if fused:
+            figures["experts_plain"] = sum(layer.experts_plain for layer in fused)
+            figures["experts_initialised"] = sum(layer.experts for layer in fused) - figures["experts_plain"]
         return {f"lora_ga/{name}": value for name, value in figures.items() if value is not None}
 
     def summary(self) -> str:
         """Say in one line what happened."""
         m = self.metrics()
         plain = f", {m['lora_ga/layers_plain']} left plain" if m["lora_ga/layers_plain"] else ""
+        if m.get("lora_ga/experts_plain"):
+            every = m["lora_ga/experts_plain"] + m["lora_ga/experts_initialised"]
+            plain += f", {m['lora_ga/experts_plain']} of {every} expert weights left plain (zero gradient)"
         share = ""
         if "lora_ga/energy_share_r" in m:
             share = (

@@ -1,5 +1,6 @@
 """
-Accumulators of a gradient `G = dL/dW (out, in)` that is only ever seen as pairs `(x, dy)` with `G = sum dy^T x`.
+Accumulators of a gradient `G = dL/dW (out, in)` that is only ever seen as pairs `(x, dy)` with `G = sum dy^T x`, or,
+for fused experts, as the gradient of one micro-batch after the other.
 
 `ExactGradient` keeps `G`. `SketchedGradient` keeps `G T (out, k)` and `G^T L (in, k)` for test matrices `T`, `L`:
 Gaussian in a first pass over the samples, orthonormal bases of what the first pass found in a second. That is the
@@ -53,6 +54,9 @@ class Estimator(Protocol):
     def add(self, x: Tensor, dy: Tensor, weight: float) -> None:
         """Add `weight * dy^T x` for `x (N, in)`, `dy (N, out)`."""
 
+    def add_gradient(self, G: Tensor, weight: float) -> None:
+        """Add `weight * G` for a `G (out, in)` that was formed elsewhere."""
+
     def sums(self) -> list[Tensor]:
         """Return what processes add up at the end of a pass."""
 
@@ -89,6 +93,9 @@ class ExactGradient:
     def add(self, x: Tensor, dy: Tensor, weight: float) -> None:
         x, dy = _one_dtype(x, dy)
         _add_product(self.G, dy, x, weight)
+
+    def add_gradient(self, G: Tensor, weight: float) -> None:
+        self.G.add_(G, alpha=weight)
 
     @property
     def directions(self) -> int:
@@ -150,6 +157,11 @@ class SketchedGradient:
             self.T, self.L, self.dtype = _cast(self.T, x.dtype), _cast(self.L, x.dtype), x.dtype
         _add_product(self.Y, dy, x @ self.T, weight)  # G T = sum dy^T (x T)
         _add_product(self.Z, x, dy @ self.L, weight)  # G^T L = sum x^T (dy L)
+
+    def add_gradient(self, G: Tensor, weight: float) -> None:
+        G = G.to(self.Y.dtype)
+        self.Y.addmm_(G, self.T.to(G), alpha=weight)
+        self.Z.addmm_(G.T, self.L.to(G), alpha=weight)
 
     @property
     def directions(self) -> int:

@@ -16,8 +16,9 @@ from .anchor import factor_rank, is_anchored
 from .borrow import borrowed
 from .collectives import mean_over_processes, share_from_owners
 from .config import LoRAGAConfig
-from .engines import probed_module, write_parameters
-from .factors import lora_ga_factors, lora_one_factors
+from .engines import is_sharded, probed_module, write_parameters
+from .experts import join_A, join_B
+from .factors import lora_ga_factors, lora_one_factors, random_rows
 from .layers import AdaptedLayer, require_peft_model
 from .probe import GradientEstimate, estimate_gradients
 from .probe_file import load_estimate, save_estimate
@@ -31,6 +32,7 @@ from .report import (
     ZERO_GRADIENT,
     GradientReport,
     LayerReport,
+    report_experts,
 )
 from .samples import count_items, mean_loss
 
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Factors = tuple[Tensor, Tensor]  # B0 (out, r), A0 (r, in), fp32
+Factors = tuple[Tensor, Tensor]  # B0 (E, out, r), A0 (E, r, in), or those of one expert, fp32
 
 
 def start_adapter(
@@ -63,6 +65,7 @@ def start_adapter(
         probe_dataset: see [`estimate_gradients`].
     """
     begin = time.perf_counter()
+    _require_whole_experts(layers)
     estimate = _estimate(trainer, config, layers, probe_dataset)
     starts, sent = _compute_starts(trainer, config, layers, estimate)
     for layer, (factors, _) in zip(layers, starts, strict=True):
@@ -99,23 +102,32 @@ def _estimate(
     return estimate
 
 
+def _require_whole_experts(layers: list[AdaptedLayer]) -> None:
+    for layer in layers:
+        if layer.parameter_name is not None and is_sharded(layer.weight):
+            raise ValueError(
+                f"{layer.name}: this engine spreads the parameter over processes, where PEFT can't adapt it. Leave "
+                "it out of `target_parameters`, or use one process or DDP."
+            )
+
+
 def _compute_starts(
     trainer: Trainer, config: LoRAGAConfig, layers: list[AdaptedLayer], estimate: GradientEstimate
 ) -> tuple[list[tuple[Factors | None, LayerReport]], int]:
     """Return what [`_compute_start`] does for every layer, the same on every process, and the bytes this one sent."""
     rank, size = trainer.accelerator.process_index, trainer.accelerator.num_processes
-    mine = []
+    mine, place = {}, 0
     for index, layer in enumerate(layers):
         # Reading a sharded weight takes every process.
-        weight = layer.dense_weight() if config.scale == "weight_svd" else None
+        weights = layer.dense_weights() if config.scale == "weight_svd" else None
         if index % size == rank:
-            mine.append((index, _compute_start(layer, index, estimate, config, weight)))
-    reports = dict(gather_object([(index, report) for index, (_, report) in mine]))
-    computed = dict(mine)
+            mine[index] = _compute_start(layer, place, estimate, config, weights)
+        place += layer.experts
+    reports = dict(gather_object([(index, report) for index, (_, report) in mine.items()]))
     factors: list[Factors | None] = []
     owned: list[list[Tensor]] = [[] for _ in range(size)]
     for index, layer in enumerate(layers):
-        found = computed[index][0] if index in computed else _empty_factors(layer)
+        found = mine[index][0] if index in mine else _empty_factors(layer)
         found = None if reports[index].action in PLAIN else found
         factors.append(found)
         owned[index % size] += found or ()
@@ -124,20 +136,62 @@ def _compute_starts(
 
 
 def _empty_factors(layer: AdaptedLayer) -> Factors:
-    (out_features, in_features), r = layer.shape, factor_rank(layer)
-    return torch.empty(out_features, r), torch.empty(r, in_features)
+    E, (out_features, in_features), r = layer.experts, layer.shape, factor_rank(layer)
+    return torch.empty(E, out_features, r), torch.empty(E, r, in_features)
 
 
 def _compute_start(
-    layer: AdaptedLayer, index: int, estimate: GradientEstimate, config: LoRAGAConfig, weight: Tensor | None
+    layer: AdaptedLayer, index: int, estimate: GradientEstimate, config: LoRAGAConfig, weights: Tensor | None
 ) -> tuple[Factors | None, LayerReport]:
-    """Return `(B0, A0)`, or `None` for a plain start, and what to report; `weight (out, in)` is for `weight_svd`."""
+    """
+    Return `B0 (E, out, r)`, `A0 (E, r, in)`, or `None` for a plain start, and what to report.
+
+    `weights (E, out, in)` are for `scale="weight_svd"`.
+    """
+    of_expert = [None] * layer.experts if weights is None else list(weights)
+    starts, reports = zip(
+        *(_start_matrix(layer, e, index + e, estimate, config, weight) for e, weight in enumerate(of_expert)),
+        strict=True,
+    )
+    report = reports[0] if layer.parameter_name is None else report_experts(layer.name, reports)
+    if all(start is None for start in starts):
+        return None, report
+    done = next(start for start in starts if start is not None)
+    starts = [start or _plain_start(*done, _generator(index + e, config)) for e, start in enumerate(starts)]
+    B0, A0 = (torch.stack(side) for side in zip(*starts, strict=True))
+    return (B0, A0), report
+
+
+def _plain_start(
+    like_B: Tensor,  # (out, r)
+    like_A: Tensor,  # (r, in)
+    generator: torch.Generator,
+) -> Factors:
+    """Start an expert without a gradient as PEFT does, drawn anew: what is stored may be sharded."""
+    return torch.zeros_like(like_B), random_rows(like_A.shape[0], like_A, generator)
+
+
+def _generator(index: int, config: LoRAGAConfig) -> torch.Generator:
+    """Seed by the place of the weight, never by hash(), which differs between processes."""
+    return torch.Generator().manual_seed(config.probe_seed * 1_000_003 + index)
+
+
+def _start_matrix(
+    layer: AdaptedLayer,
+    expert: int,
+    index: int,
+    estimate: GradientEstimate,
+    config: LoRAGAConfig,
+    weight: Tensor | None,
+) -> tuple[Factors | None, LayerReport]:
+    """Return `B0 (out, r)`, `A0 (r, in)` of one weight, or `None` for a plain start, and what to report."""
     r, (out_features, in_features) = factor_rank(layer), layer.shape
     m = min(out_features, in_features)
-    estimator = estimate.estimators[layer.name]
+    name = layer.matrices[expert]
+    estimator = estimate.estimators[name]
     top = estimator.svd(min(2 * r, m))
     report = LayerReport(
-        name=layer.name,
+        name=name,
         shape=layer.shape,
         rank=r,
         scale=0.0,
@@ -163,8 +217,7 @@ def _compute_start(
 def _factors(
     layer: AdaptedLayer, r: int, top: TopSVD, index: int, config: LoRAGAConfig, weight: Tensor | None
 ) -> Factors:
-    # Seeded by the layer's place, never by hash(), which differs between processes.
-    generator = torch.Generator().manual_seed(config.probe_seed * 1_000_003 + index)
+    generator = _generator(index, config)
     if config.init == "lora_one":
         return lora_one_factors(top.U, top.S, top.Vt, r, gamma=config.gamma, generator=generator)
     weight_values = None if weight is None else torch.linalg.svdvals(weight.to(top.S.device, torch.float32))
@@ -185,23 +238,23 @@ def _factors(
 @torch.no_grad()
 def start_values(
     layer: AdaptedLayer,
-    B0: Tensor,  # (out, r)
-    A0: Tensor,  # (r, in)
+    B0: Tensor,  # (E, out, r), or (out, r)
+    A0: Tensor,  # (E, r, in), or (r, in)
 ) -> list[tuple[nn.Parameter, Tensor]]:
     """
     Return what to write into which parameters: `[A0; 0]`, `[0, B0]` in an anchored layer, `A0`, `B0` in a plain one.
 
     A plain start moves the weight, so DoRA's magnitude becomes `||W + s B0 A0||` of each row.
     """
-    device = layer.lora_A.weight.device
-    B0, A0 = B0.to(device), A0.to(device)
+    device = layer.stored_A.device
+    B0, A0 = (factor.to(device) if factor.dim() == 3 else factor[None].to(device) for factor in (B0, A0))
     if is_anchored(layer):
-        A = torch.cat([A0, torch.zeros_like(A0)])
-        B = torch.cat([torch.zeros_like(B0), B0], dim=1)
-        return [(layer.lora_A.weight, A), (layer.lora_B.weight, B)]
-    values = [(layer.lora_A.weight, A0), (layer.lora_B.weight, B0)]
+        A = join_A(torch.cat([A0, torch.zeros_like(A0)], dim=1))
+        B = join_B(torch.cat([torch.zeros_like(B0), B0], dim=2))
+        return [(layer.stored_A, A), (layer.stored_B, B)]
+    values = [(layer.stored_A, join_A(A0)), (layer.stored_B, join_B(B0))]
     if layer.uses_dora:
-        values.append((layer.dora_parameter, layer.dora_magnitude(layer.s * (B0 @ A0))))
+        values.append((layer.dora_parameter, layer.dora_magnitude(layer.s * (B0[0] @ A0[0]))))
     return values
 
 

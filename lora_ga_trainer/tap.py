@@ -1,8 +1,8 @@
-"""Read `(x, dL/dy)` of frozen linear layers during an ordinary backward pass."""
+"""Read `(x, dL/dy)` of frozen linear layers, and `dL/dW` of bare parameters, in an ordinary backward pass."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 
 Sink = Callable[[int, Tensor, Tensor], None]  # (index of the module, x (N, in), dy (N, out))
+ParameterSink = Callable[[int, Tensor], None]  # (index of the parameter, dL/dW in the shape of W)
 
 
 class _Tap(torch.autograd.Function):
@@ -77,5 +78,63 @@ def _make_hook(name: str, index: int, sink: Sink) -> Callable[[nn.Module, tuple[
             )
         root = torch.zeros((), device=y.device, requires_grad=True)
         return _Tap.apply(y, args[0], root, lambda x, dy: sink(index, x, dy))
+
+    return hook
+
+
+class _ParameterTap(torch.autograd.Function):
+    """The identity on `W` whose backward shows `dL/dW` to a sink. It saves nothing."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        W: Tensor,
+        root: Tensor,  # (), requires grad: `W` does not
+        sink: Callable[[Tensor], None],
+    ) -> Tensor:
+        ctx.sink = sink
+        return W.view_as(W)
+
+    @staticmethod
+    def backward(ctx: Any, dW: Tensor) -> tuple[Tensor, None, None]:
+        ctx.sink(dW.detach())
+        return dW, None, None
+
+
+@contextmanager
+def tapped_parameters(places: Sequence[tuple[nn.Module, str]], sink: ParameterSink) -> Iterator[None]:
+    """
+    Show `dL/dW` of every use of parametrised parameters to `sink` while the context is open.
+
+    Autograd forms the whole gradient of one parameter, hands it to the sink as soon as it is complete and frees it
+    when the sink returns, unless the sink keeps it. The parameters need no `requires_grad`.
+
+    Args:
+        places: modules and the names of their parameters. While a module's forward runs, the parameter must be
+            parametrised (`torch.nn.utils.parametrize`), as PEFT's adapters of `target_parameters` do, and its value
+            cached, or the sink sees one part of the gradient for each time that the forward reads it.
+        sink: called in the backward pass with the index of the place and `dL/dW` in the shape of `W`.
+    """
+    handles = []
+    try:
+        for index, (module, name) in enumerate(places):
+            handles.append(module.register_forward_pre_hook(_make_pre_hook(index, name, sink)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _make_pre_hook(index: int, name: str, sink: ParameterSink) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def tap(parametrization: nn.Module, args: tuple[Any, ...], W: Tensor) -> Tensor | None:
+        if not torch.is_grad_enabled():  # the first forward of a reentrant checkpoint
+            return None
+        root = torch.zeros((), device=W.device, requires_grad=True)
+        return _ParameterTap.apply(W, root, lambda dW: sink(index, dW))
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        # Made for this forward and thrown away after it: the hook on it needs no removal. The last one gives the value
+        # that the forward sees, adapter included.
+        module.parametrizations[name][-1].register_forward_hook(tap)
 
     return hook

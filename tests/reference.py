@@ -235,3 +235,22 @@ def whole_sample_gradient(
         name: (gradient.T if type(modules[name]).__name__ == "Conv1D" else gradient).double()
         for name, gradient in zip(names, gradients, strict=True)
     }
+
+
+def whole_sample_parameter_gradient(
+    model: torch.nn.Module, names: list[str], loss: Callable[[], Tensor]
+) -> dict[str, Tensor]:  # name -> (E, out, in), fp64
+    """
+    Compute `dL/dW` of the named fused expert parameters by one `autograd.grad` of the loss of the whole sample.
+
+    Parameters that the model stores as `(E, in, out)` (its experts module says `is_transposed`) are returned as
+    `(E, out, in)`.
+    """
+    weights = {name: model.get_parameter(name) for name in names}
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    found = {}
+    for name, gradient in zip(names, torch.autograd.grad(loss(), list(weights.values())), strict=True):
+        owner = model.get_submodule(name.rpartition(".")[0])
+        found[name] = (gradient.transpose(1, 2) if owner.is_transposed else gradient).double()
+    return found

@@ -12,8 +12,14 @@ from transformers import (
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
     TrainingArguments,
@@ -63,6 +69,37 @@ def t5(seed: int = 0) -> T5ForConditionalGeneration:
     config = T5Config(d_model=32, d_ff=48, d_kv=8, num_heads=4, num_layers=2, vocab_size=VOCABULARY)
     config.decoder_start_token_id = 0
     return T5ForConditionalGeneration(config)
+
+
+_EXPERT_SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": 2,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 64,
+}
+
+
+def qwen3_moe(seed: int = 0, **changes: Any) -> Qwen3MoeForCausalLM:
+    torch.manual_seed(seed)
+    sizes = _EXPERT_SIZES | {"num_experts": 4, "moe_intermediate_size": 24, "head_dim": 8}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**(sizes | changes)))
+
+
+def mixtral(seed: int = 0, **changes: Any) -> MixtralForCausalLM:
+    torch.manual_seed(seed)
+    sizes = _EXPERT_SIZES | {"num_local_experts": 4, "intermediate_size": 24}
+    return MixtralForCausalLM(MixtralConfig(**(sizes | changes)))
+
+
+def gpt_oss(seed: int = 0, **changes: Any) -> GptOssForCausalLM:
+    """Stores its experts as `(E, in, out)`."""
+    torch.manual_seed(seed)
+    sizes = _EXPERT_SIZES | {"num_local_experts": 4, "intermediate_size": 24, "head_dim": 8, "sliding_window": 8}
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    return GptOssForCausalLM(GptOssConfig(rope_parameters=rope, **(sizes | changes)))
 
 
 def causal_rows(count: int, length: int = 12, seed: int = 1, ragged: bool = True) -> list[dict[str, torch.Tensor]]:
