@@ -18,7 +18,7 @@ from .checkpoint import require_resumable
 from .config import LoRAGAConfig
 from .correction import asked_for, bare_optimizer
 from .engine_step import EngineStep, install_engine_step
-from .engines import optimizer_groups, require_supported, warms_up_heads
+from .engines import optimizer_groups, require_resumable_engine, require_supported, warms_up_heads
 from .head_warmup import warm_up_heads
 from .layers import find_adapted_layers
 from .lora_pro_adamw import LoRAProAdamW
@@ -183,6 +183,7 @@ def _check_checkpoints(trainer: Trainer) -> None:
         if folder is True:
             folder = get_last_checkpoint(trainer.args.output_dir)
         if folder:
+            require_resumable_engine(trainer)
             require_resumable(folder, trainer.accelerator.unwrap_model(trainer.model))
         return train(resume_from_checkpoint, *args, **kwargs)
 

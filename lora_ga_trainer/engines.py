@@ -55,6 +55,21 @@ def holds_whole_gradients(trainer: Trainer) -> bool:
     return trainer.accelerator.distributed_type in _REPLICATED
 
 
+def require_resumable_engine(trainer: Trainer) -> None:
+    """
+    Refuse to resume where no checkpoint holds the optimizer's state.
+
+    Raises:
+        `ValueError`: with the reason.
+    """
+    if getattr(trainer, "is_distributed_loading_by_transformers", False):
+        raise ValueError(
+            "resume_from_checkpoint: the model is sharded at load time (DistributedConfig), for which transformers "
+            "writes no optimizer state, so a resume would start AdamW anew. Load the saved adapter with "
+            "`lora_ga_trainer.load_adapter` and train on, or use DDP or DeepSpeed ZeRO to resume."
+        )
+
+
 def gives_gradients(trainer: Trainer) -> bool:
     """Tell whether the gradient of a parameter can be read whole, wherever its parts are."""
     if trainer.accelerator.distributed_type != DistributedType.FSDP:

@@ -32,17 +32,24 @@ def save_estimate(
     model: PeftModel,
     layers: Sequence[AdaptedLayer],
     dataset: Any,
+    write: bool = True,
 ) -> None:
-    """Write `estimate` to `config.probe_file` as safetensors, whole or not at all, with its fingerprints."""
-    tensors = {
-        f"{name}|{key}": tensor.contiguous().cpu()
-        for name, estimator in estimate.estimators.items()
-        for key, tensor in estimator.state().items()
-    }
+    """
+    Write `estimate` to `config.probe_file` as safetensors, whole or not at all, with its fingerprints.
+
+    Every process calls this, since fingerprints of a sharded base take all of them; one of them has `write`.
+    """
     metadata = {
         **_fingerprints(config, model, layers, dataset),
         "figures": json.dumps({name: getattr(estimate, name) for name in _FIGURES}),
         "unreached": json.dumps(estimate.unreached),
+    }
+    if not write:
+        return
+    tensors = {
+        f"{name}|{key}": tensor.contiguous().cpu()
+        for name, estimator in estimate.estimators.items()
+        for key, tensor in estimator.state().items()
     }
     target = _path(config)
     partial = target.with_name(target.name + ".partial")

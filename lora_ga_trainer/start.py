@@ -6,6 +6,7 @@ import logging
 import math
 import time
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from .anchor import factor_rank, is_anchored
 from .borrow import borrowed
-from .collectives import mean_over_processes, share_from_owners
+from .collectives import gather_integers, mean_over_processes, share_from_owners
 from .config import LoRAGAConfig
 from .engines import is_sharded, probed_module, write_parameters
 from .experts import join_A, join_B
@@ -94,11 +95,16 @@ def _estimate(
         return estimate_gradients(trainer, config, layers, probe_dataset)
     dataset = trainer.train_dataset if probe_dataset is None else probe_dataset
     model = require_peft_model(trainer.accelerator.unwrap_model(trainer.model))
+    seen = [row[0] for row in gather_integers(trainer, int(Path(config.probe_file).exists()))]
+    if len(set(seen)) > 1:
+        raise ValueError(
+            f"probe_file={config.probe_file!r} is there for {sum(seen)} of {len(seen)} processes only. Name a file "
+            "in a folder that all of them share."
+        )
     estimate = load_estimate(config, model, layers, dataset)
     if estimate is None:
         estimate = estimate_gradients(trainer, config, layers, probe_dataset)
-        if trainer.is_world_process_zero():
-            save_estimate(estimate, config, model, layers, dataset)
+        save_estimate(estimate, config, model, layers, dataset, write=trainer.is_world_process_zero())
     return estimate
 
 

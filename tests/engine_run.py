@@ -3,16 +3,19 @@ Train tiny Llama on one engine and write down what came of it; run by `tests/tes
 
     torchrun --nproc_per_node 2 tests/engine_run.py ENGINE PART FOLDER
 
-`FOLDER/base` holds the model. Each process writes `FOLDER/ENGINE/PART-RANK.pt`. In the test's own process `run_part`
-with the engine `single` computes the same on one process with batches of the same samples.
+`FOLDER/base` holds the model. Each process writes `FOLDER/ENGINE/PART-RANK.pt`. In the test's own process
+`main_part("single", ...)` computes the same on one process with batches of the same samples.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+import re
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +28,21 @@ from peft import LoraConfig
 from transformers import LlamaForCausalLM, TrainerCallback
 
 from lora_ga_trainer import LoRAGAConfig, LoRAGATrainer
-from lora_ga_trainer.engines import read_parameter
+from lora_ga_trainer.engines import is_sharded, read_parameter
+from lora_ga_trainer.record import record_of_model
 
 
 STEPS, SAVED, KILLED = 10, 5, 7
 ROWS = 11  # no multiple of the 4 samples of a step: the last batch does not divide
 SKETCH = {"sketch_size": 8, "estimator": "sketch"}
+RESUMED = {"estimator": "exact", "correction": "lora_pro"}
+SAVES = {"save_strategy": "steps", "save_steps": SAVED, "dropout": 0.1}
 
 
 def zero(stage: int) -> dict[str, Any]:
+    # Without a threshold of 0 ZeRO-3 would leave weights as small as these whole.
     return {
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
         "gradient_clipping": "auto",
@@ -58,14 +65,14 @@ def make_trainer(engine: str, folder: Path, name: str, lora_ga: dict[str, Any], 
     callbacks = changes.pop("callbacks", None)
     per_device = 4 if engine == "single" else 2
     settings = {"max_steps": STEPS, "per_device_train_batch_size": per_device, "lr_scheduler_type": "constant"}
-    place = folder / engine / name
-    args = tiny.arguments(place, **(settings | ENGINES[engine] | changes))  # before the model: ZeRO-3 loads in parts
-    kwargs = {}
+    # Before the model: where DeepSpeed's stage is 3, `from_pretrained` then loads it in parts.
+    args = tiny.arguments(folder / engine / name, **(settings | ENGINES[engine] | changes))
+    where = {}
     if engine == "fsdp2":
         from transformers.distributed import DistributedConfig
 
-        kwargs["distributed_config"] = DistributedConfig(fsdp_size=2)
-    model = LlamaForCausalLM.from_pretrained(folder / "base", **kwargs)
+        where["distributed_config"] = DistributedConfig(fsdp_size=2)
+    model = LlamaForCausalLM.from_pretrained(folder / "base", **where)
     torch.manual_seed(11)
     return LoRAGATrainer(
         model,
@@ -85,19 +92,16 @@ def adapter_of(trainer: LoRAGATrainer) -> dict[str, torch.Tensor]:
     }
 
 
-def losses(trainer: LoRAGATrainer) -> list[float]:
-    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
-
-
 class Look(TrainerCallback):
-    """Keeps the start, before the first step."""
+    """Keeps the start, and how many numbers each all-reduce has carried until then."""
 
     def __init__(self) -> None:
         self.start: dict[str, torch.Tensor] = {}
+        self.carried: list[int] = []
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self.start:
-            self.start = adapter_of(self.trainer)
+            self.start, self.reductions = adapter_of(self.trainer), list(self.carried)
 
 
 class Kill(TrainerCallback):
@@ -106,55 +110,101 @@ class Kill(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+@contextmanager
+def counted_reductions(carried: list[int]) -> Iterator[None]:
+    """Note how many numbers each all-reduce of this process carries."""
+    reduce = torch.distributed.all_reduce
+
+    def counted(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        carried.append(tensor.numel())
+        return reduce(tensor, *args, **kwargs)
+
+    torch.distributed.all_reduce = counted
+    try:
+        yield
+    finally:
+        torch.distributed.all_reduce = reduce
+
+
+def peak_bytes() -> int:
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s+(\d+)", status.read_text()) if status.exists() else None
+    return int(found.group(1)) * 1024 if found else 0
+
+
 def trained(engine: str, folder: Path, name: str, lora_ga: dict[str, Any], **changes: Any) -> dict[str, Any]:
     look = Look()
     trainer = make_trainer(engine, folder, name, lora_ga, callbacks=[look], **changes)
     look.trainer = trainer
-    trainer.train()
+    with counted_reductions(look.carried):
+        trainer.train()
     report = trainer.lora_ga_report
     return {
+        "processes": trainer.accelerator.num_processes,
+        "engine": type(trainer.model_wrapped).__name__,
+        "sharded": is_sharded(trainer.model.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight),
         "start": look.start,
+        "reductions": look.reductions,
         "end": adapter_of(trainer),
-        "losses": losses(trainer),
+        "losses": [log["loss"] for log in trainer.state.log_history if "loss" in log],
+        "loss_before": report.loss_before,
         "loss_after": report.loss_after,
         "bytes_sent": report.bytes_sent,
+        "probe_bytes": report.probe_bytes,
+        "peak": peak_bytes(),
         "samples": report.samples,
         "items": report.items,
-        "sketched": [layer.sketched for layer in report.layers],
-        "shapes": [layer.shape for layer in report.layers],
-        "processes": trainer.accelerator.num_processes,
+        "sketched": sum(layer.sketched for layer in report.layers),
+        "weights": sum(layer.shape[0] * layer.shape[1] for layer in report.layers),
+        "base": record_of_model(trainer.accelerator.unwrap_model(trainer.model)).base,
     }
 
 
 def main_part(engine: str, folder: Path) -> dict[str, Any]:
     rows = tiny.causal_rows(4 * STEPS)
     run = functools.partial(trained, engine, folder)
+    found = {}
     exact = {"estimator": "exact"}
-    found = {
-        "exact": run("exact", exact, rows=rows, save_strategy="steps", save_steps=SAVED),
-        # No multiple of the 4 samples of a round, so processes repeat some; the two halves of an accumulation differ.
-        "sketch": run("sketch", {"num_samples": ROWS, **SKETCH}, gradient_accumulation_steps=2, max_steps=1),
-        "lora_pro": run("lora_pro", {"correction": "lora_pro", **exact}, rows=rows),
-    }
+    kept = {**exact, "probe_file": str(folder / f"{engine}.safetensors")}
+    found["exact"] = run("exact", kept, rows=rows, save_strategy="steps", save_steps=SAVED)
+    # No multiple of the 4 samples of a round, so processes repeat some; the two halves of an accumulation differ.
+    found["sketch"] = run("sketch", {"num_samples": ROWS, **SKETCH}, gradient_accumulation_steps=2, max_steps=1)
+    # The first probes, the second takes the same start from the file of the first.
+    file = {**SKETCH, "probe_file": str(folder / f"{engine}-sketch.safetensors")}
+    for name in ("probing", "without a probe"):
+        found[name] = run(name, file, dropout=0.1, max_steps=3)
+    found["lora_pro"] = run("lora_pro", {"correction": "lora_pro", **exact}, rows=rows)
     if not engine.startswith("zero"):
         adamw = {"correction": "lora_pro_adamw", **exact}
         found["lora_pro_adamw"] = run("lora_pro_adamw", adamw, rows=rows, weight_decay=0.1, learning_rate=1e-4)
     return found
 
 
-PARTS = {"main": main_part}
+def killed_part(engine: str, folder: Path) -> dict[str, Any]:
+    trainer = make_trainer(engine, folder, "killed", RESUMED, callbacks=[Kill()], **SAVES)
+    trainer.train()
+    raise AssertionError("unreachable")
 
 
-def run_part(engine: str, part: str, folder: Path) -> dict[str, Any]:
-    return PARTS[part](engine, folder)
+def resumed_part(engine: str, folder: Path) -> dict[str, Any]:
+    trainer = make_trainer(engine, folder, "killed", RESUMED, **SAVES)
+    trainer.train(resume_from_checkpoint=True)
+    whole = make_trainer(engine, folder, "whole", RESUMED, **SAVES)
+    whole.train()
+    return {
+        "probed again": trainer.lora_ga_report is not None,
+        "resumed": adapter_of(trainer),
+        "whole": adapter_of(whole),
+    }
+
+
+PARTS = {"main": main_part, "killed": killed_part, "resumed": resumed_part}
 
 
 if __name__ == "__main__":
     engine, part, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
-    if engine != "single":
-        assert os.environ.get("WORLD_SIZE") == "2", "an engine is tested on two processes"
+    assert os.environ.get("WORLD_SIZE") == "2", "an engine is tested on two processes"
     torch.set_num_threads(1)
-    found = run_part(engine, part, folder)
-    rank = os.environ.get("RANK", "0")
+    found = PARTS[part](engine, folder)
     (folder / engine).mkdir(exist_ok=True)
-    torch.save(found, folder / engine / f"{part}-{rank}.pt")
+    torch.save(found, folder / engine / f"{part}-{os.environ['RANK']}.pt")

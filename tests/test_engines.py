@@ -1,0 +1,201 @@
+"""
+One start on every engine: two real processes (gloo, CPU) against one, under DDP, FSDP2, ZeRO-2 and ZeRO-3.
+
+`tests/engine_run.py` trains; each of its launches computes what several tests look at.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from engine_run import KILLED, ROWS, SAVED, STEPS, main_part
+from optional import require
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+
+ENGINES = ["ddp", "fsdp2", "zero2", "zero3"]
+RESUMABLE = ["ddp", "zero2", "zero3"]
+SCRIPT = Path(__file__).with_name("engine_run.py")
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def launch(engine: str, part: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    if engine.startswith("zero"):
+        require("deepspeed")
+        require("ninja")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command += ["--master_port", str(free_port()), str(SCRIPT), engine, part, str(folder)]
+    places = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    places["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # ninja
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=places, check=False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: Any) -> Path:
+    place = tmp_path_factory.mktemp("engines")
+    tiny.llama(hidden_size=96, intermediate_size=128).save_pretrained(place / "base")
+    return place
+
+
+@pytest.fixture(scope="module")
+def single(folder: Path) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    return main_part("single", folder)
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def engine(request: Any, folder: Path) -> Iterator[str]:
+    ended = launch(request.param, "main", folder)
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def ranks(engine: str, folder: Path) -> list[dict[str, Any]]:
+    return [torch.load(folder / engine / f"main-{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def test_the_engine_ran_on_two_processes(engine: str, ranks: list[dict[str, Any]]) -> None:
+    kind = {"ddp": "DistributedDataParallel", "zero2": "DeepSpeedEngine", "zero3": "DeepSpeedEngine"}.get(engine)
+    for found in ranks:
+        for run in found.values():
+            assert run["processes"] == 2
+            assert kind is None or run["engine"] == kind
+            assert run["sharded"] == (engine in ("fsdp2", "zero3")), "the base must really be in parts"
+
+
+def gradients(folder: Path, engine: str) -> dict[str, Tensor]:
+    return {name: G.double() for name, G in load_file(folder / f"{engine}.safetensors").items()}
+
+
+def test_the_gradient_is_that_of_one_process(engine: str, folder: Path, single: Any, ranks: Any) -> None:
+    ours, one = gradients(folder, engine), gradients(folder, "single")
+    assert ours.keys() == one.keys()
+    for name, G in one.items():
+        assert (ours[name] - G).norm() <= 1e-6 * G.norm(), name
+
+
+def test_the_start_is_that_of_one_process(engine: str, folder: Path, single: Any, ranks: Any) -> None:
+    """`A0^T A0` and `B0 B0^T` are `c^2` times projectors, which turn by at most the error of `G` over the gap."""
+    ours, one = ranks[0]["exact"]["start"], single["exact"]["start"]
+    G_ours, G_one = gradients(folder, engine), gradients(folder, "single")
+    r = 2
+    for name, stored in one.items():
+        layer = name.removeprefix("base_model.model.").split(".lora_")[0] + "|G"
+        S = torch.linalg.svdvals(G_one[layer])
+        gap = min(S[r - 1] - S[r], S[2 * r - 1] - S[2 * r]).item()
+        error = (G_ours[layer] - G_one[layer]).norm().item()
+        gram = (lambda t: t.T @ t) if "lora_A" in name else (lambda t: t @ t.T)
+        c2 = gram(stored.double()).trace().item() / r
+        # ||P - P'|| <= sqrt(2) ||G - G'|| / gap for each of the two subspaces that a half of 2r is made of (Wedin);
+        # the factors themselves are rounded to fp32, r entries a product.
+        bound = c2 * (2 * 2**0.5 * error / gap + 2**-22 * r)
+        assert (gram(ours[name].double()) - gram(stored.double())).norm() <= bound, name
+
+
+def test_losses_are_those_of_one_process(engine: str, single: Any, ranks: Any) -> None:
+    corrections = ["lora_pro"] if engine.startswith("zero") else ["lora_pro", "lora_pro_adamw"]
+    for run in ("exact", *corrections):
+        ours, one = ranks[0][run], single[run]
+        assert ours["loss_before"] == pytest.approx(one["loss_before"], abs=1e-5)
+        assert ours["loss_after"] == pytest.approx(one["loss_after"], abs=1e-5)
+        assert len(ours["losses"]) == STEPS
+        assert ours["losses"] == pytest.approx(one["losses"], abs=1e-5)
+        moved = max(abs(a - b) for a, b in zip(one["losses"], single["exact"]["losses"], strict=True))
+        assert run == "exact" or moved > 1e-3, "the correction must make a difference that this test would see"
+
+
+def test_repeated_samples_do_not_count(ranks: Any, single: Any) -> None:
+    """11 samples in rounds of 4: `even_batches` repeats one, and the micro-batches of an accumulation differ."""
+    ours, one = ranks[0]["sketch"], single["sketch"]
+    assert ours["sketched"] == one["sketched"] > 0
+    assert (ours["samples"], ours["items"]) == (one["samples"], one["items"]) == (ROWS, one["items"])
+    assert ours["loss_before"] == pytest.approx(one["loss_before"], abs=1e-5)
+    for name, stored in one["start"].items():
+        gram = (lambda t: t.T @ t) if "lora_A" in name else (lambda t: t @ t.T)
+        assert (gram(ours["start"][name]) - gram(stored)).norm() <= 1e-4 * gram(stored).norm(), name
+
+
+@pytest.mark.parametrize("moment", ["start", "end"])
+def test_every_process_holds_the_same_factors_bitwise(moment: str, ranks: Any) -> None:
+    for run, found in ranks[0].items():
+        for name, value in found[moment].items():
+            assert torch.equal(value, ranks[1][run][moment][name]), (run, name)
+
+
+def test_the_probe_leaves_no_trace(ranks: Any) -> None:
+    """With dropout: the run that probed ends where the one ends that was given the same gradients in a file."""
+    for found in ranks:
+        probed, given = found["probing"], found["without a probe"]
+        assert probed["sketched"] > 0
+        assert probed["losses"] == given["losses"]
+        for name, value in probed["end"].items():
+            assert torch.equal(value, given["end"][name]), name
+
+
+def test_sketches_are_summed_once_a_pass_and_their_bytes_are_reported(ranks: Any) -> None:
+    """Three micro-batches a process and pass, one large all-reduce a pass: it is the first and the second sketch."""
+    found = ranks[0]["sketch"]
+    first, second = [count for count in found["reductions"] if count > 1000]
+    assert first < second, "the second sketches have 16 more columns"
+    small = 4 * sum(count for count in found["reductions"] if count <= 1000)
+    shared = found["bytes_sent"] - 4 * (first + second)  # test matrices and factors, from the process that made them
+    assert 0 < small < shared < 4 * (first + second)
+
+
+def test_the_base_has_one_fingerprint(ranks: Any, single: Any) -> None:
+    assert ranks[0]["exact"]["base"] == ranks[1]["exact"]["base"] == single["exact"]["base"]
+
+
+def test_the_saved_folder_loads_on_a_clean_base(engine: str, folder: Path, single: Any, ranks: Any) -> None:
+    ids = torch.stack([row["input_ids"] for row in tiny.causal_rows(3, seed=5)])
+    logits = {}
+    for which in ("single", engine):
+        place = folder / which / "exact" / f"checkpoint-{STEPS}"
+        assert (place / "lora_ga.json").is_file()
+        model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(folder / "base"), place).eval()
+        with torch.no_grad():
+            logits[which] = model(input_ids=ids).logits
+    clean = LlamaForCausalLM.from_pretrained(folder / "base").eval()
+    with torch.no_grad():
+        assert (clean(input_ids=ids).logits - logits["single"]).abs().max() > 0.05, "training must have moved them"
+    assert torch.allclose(logits[engine], logits["single"], atol=1e-5)
+    saved = load_file(folder / engine / "exact" / f"checkpoint-{STEPS}" / "adapter_model.safetensors")
+    for name, value in ranks[0]["exact"]["end"].items():
+        assert torch.equal(saved[name.replace(".default.", ".")], value), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", RESUMABLE)
+def test_a_killed_run_resumes_bitwise(kind: str, folder: Path) -> None:
+    ended = launch(kind, "killed", folder)
+    assert ended.returncode != 0
+    assert f"Signal {signal.SIGKILL.value}" in ended.stderr or "-9" in ended.stderr, ended.stderr[-2000:]
+    place = folder / kind / "killed"
+    assert [path.name for path in place.glob("checkpoint-*")] == [f"checkpoint-{SAVED}"]
+    assert SAVED < KILLED < STEPS
+    ended = launch(kind, "resumed", folder)
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    for rank in range(2):
+        found = torch.load(folder / kind / f"resumed-{rank}.pt", weights_only=False)
+        assert not found["probed again"]
+        for name, value in found["whole"].items():
+            assert torch.equal(found["resumed"][name], value), name
