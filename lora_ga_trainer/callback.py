@@ -148,9 +148,8 @@ def _require_optimizer_builder(trainer: Trainer, config: LoRAGAConfig) -> None:
 def _require_warm_up(trainer: Trainer, config: LoRAGAConfig) -> None:
     if config.head_warmup_steps > 0 and not warms_up_heads(trainer):
         raise ValueError(
-            f"head_warmup_steps={config.head_warmup_steps} trains the head outside the engine, which needs whole "
-            "parameters on every process; here they are sharded or have master copies. Use one process or DDP, or "
-            "head_warmup_steps=0."
+            f"head_warmup_steps={config.head_warmup_steps}: FSDP computes with other tensors in place of the head's "
+            "parameters, so it can't be trained by itself. Use one process, DDP or ZeRO, or head_warmup_steps=0."
         )
 
 

@@ -78,8 +78,9 @@ def gives_gradients(trainer: Trainer) -> bool:
 
 
 def warms_up_heads(trainer: Trainer) -> bool:
-    """Tell whether parameters can be trained outside the engine: whole on every process, and no master copies."""
-    return holds_whole_gradients(trainer) and not getattr(trainer, "is_distributed_loading_by_transformers", False)
+    """Tell whether `autograd.grad` reaches parameters; FSDP computes with other tensors in their place."""
+    sharded_at_load = getattr(trainer, "is_distributed_loading_by_transformers", False)
+    return trainer.accelerator.distributed_type != DistributedType.FSDP and not sharded_at_load
 
 
 def probed_module(trainer: Trainer) -> nn.Module:
@@ -167,7 +168,7 @@ def write_gradient(parameter: nn.Parameter, value: Tensor) -> None:
     """Replace the accumulated gradient of a parameter of such an engine. Collective."""
     from deepspeed.utils import safe_set_full_grad
 
-    safe_set_full_grad(parameter, value)
+    safe_set_full_grad(parameter, _partitions(value, parameter) if _is_partitioned(parameter) else value)
 
 
 def loss_scale(trainer: Trainer) -> float:
@@ -211,7 +212,7 @@ def _is_partitioned(parameter: Tensor) -> bool:
 
 def _write_deepspeed(engine: Any, values: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
     from deepspeed import zero
-    from deepspeed.utils import safe_set_full_fp32_param
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
     # A gathered copy that the probe's forward left behind makes the next gathering fail.
     engine.empty_partition_cache()
@@ -221,8 +222,23 @@ def _write_deepspeed(engine: Any, values: Sequence[tuple[nn.Parameter, Tensor]])
                 parameter.copy_(value)
         else:
             parameter.copy_(value)
-        # Without this the first step starts from the master copy and undoes the write.
-        safe_set_full_fp32_param(parameter, value.to(parameter.device, torch.float32))
+        # The master copy, too: the first step starts from it and would undo the write.
+        value = value.to(parameter.device, torch.float32)
+        if _is_partitioned(parameter):
+            safe_set_local_fp32_param(parameter, _partitions(value, parameter)[_partition_rank(parameter)])
+        else:
+            safe_set_full_fp32_param(parameter, value)
+
+
+def _partitions(value: Tensor, parameter: nn.Parameter) -> Tensor:  # (processes, numbers of a part)
+    """Cut a full value as ZeRO-3 does, padded; DeepSpeed's own setters fail where it does not divide."""
+    parts = torch.distributed.get_world_size(parameter.ds_process_group)
+    padding = parts * parameter.ds_tensor.numel() - value.numel()
+    return torch.nn.functional.pad(value.flatten(), (0, padding)).view(parts, -1)
+
+
+def _partition_rank(parameter: nn.Parameter) -> int:
+    return torch.distributed.get_rank(parameter.ds_process_group)
 
 
 def _write_flat(

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from .borrow import borrowed
-from .collectives import sum_over_processes
+from .collectives import mean_over_processes, sum_over_processes
 from .config import LoRAGAConfig
-from .engines import probed_module
+from .engines import probed_module, read_parameter, write_parameters
 from .layers import require_peft_model, saved_modules
 from .samples import Piece, count_items, mean_loss, sample_pieces
 
@@ -42,62 +42,68 @@ def warm_up_heads(trainer: Trainer, config: LoRAGAConfig) -> None:
             "the fresh head there in the LoraConfig, or set head_warmup_steps=0."
         )
     parameters = [parameter for head in heads for parameter in head.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=config.head_warmup_learning_rate, weight_decay=0.0)
     args = trainer.args
     per_step = trainer._train_batch_size * args.gradient_accumulation_steps * trainer.accelerator.num_processes
     with borrowed(trainer, model):
         for parameter in parameters:
             parameter.requires_grad_(True)
-            parameter.grad = torch.zeros_like(parameter)  # every rank sums the same list, samples or not
-        try:
-            _train(trainer, model, optimizer, parameters, config.head_warmup_steps, per_step)
-        finally:
-            for parameter in parameters:
-                parameter.grad = None
+        warm_up = _Heads(trainer, model, parameters, config.head_warmup_learning_rate)
+        warm_up.train(config.head_warmup_steps, per_step)
     logger.info(
-        "Trained %d head parameters for %d steps.", sum(map(torch.numel, parameters)), config.head_warmup_steps
+        "Trained %d head parameters for %d steps.", sum(map(torch.numel, warm_up.copies)), config.head_warmup_steps
     )
 
 
-def _train(
-    trainer: Trainer,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    parameters: list[nn.Parameter],
-    steps: int,
-    per_step: int,
-) -> None:
-    done = 0
-    while done < steps:
-        before, items = done, 0.0
-        for piece in sample_pieces(trainer, [per_step * n for n in range(1, steps - done + 1)]):
-            if piece.part > done - before:
-                _step(trainer, optimizer, parameters, items)
-                done, items = done + 1, 0.0
-            items += _accumulate(trainer, model, piece)
-        if items > 0 and done < steps:
-            _step(trainer, optimizer, parameters, items)
-            done += 1
-        if done == before:
-            raise ValueError("head_warmup_steps: the train dataloader gave no sample with a label.")
+class _Heads:
+    """
+    Whole fp32 copies of the heads' parameters, stepped by an AdamW of their own and written back after each step.
 
+    The engine has no part in it: gradients come from `autograd.grad`, which runs none of its hooks.
+    """
 
-def _accumulate(trainer: Trainer, model: nn.Module, piece: Piece) -> float:
-    """Add the gradient of the summed loss of one piece; return its number of items on this process."""
-    items = count_items(trainer, piece.batch)
-    if piece.mine == 0 or items == 0:
-        return 0.0
-    (mean_loss(trainer, model, piece.batch, items) * items).backward()
-    return items
+    def __init__(self, trainer: Trainer, model: nn.Module, parameters: list[nn.Parameter], lr: float) -> None:
+        self.trainer, self.model, self.parameters = trainer, model, parameters
+        self.copies = [read_parameter(parameter).float().clone() for parameter in parameters]
+        self.sums = [torch.zeros_like(copy) for copy in self.copies]
+        self.items = 0.0
+        self.optimizer = torch.optim.AdamW(self.copies, lr=lr, weight_decay=0.0)
 
+    def train(self, steps: int, per_step: int) -> None:
+        done = 0
+        while done < steps:
+            before = done
+            for piece in sample_pieces(self.trainer, [per_step * n for n in range(1, steps - done + 1)]):
+                if piece.part > done - before:
+                    self._step()
+                    done += 1
+                self._accumulate(piece)
+            pending = mean_over_processes(self.trainer, 1.0, self.items) > 0  # nan where no process has an item
+            if pending and done < steps:
+                self._step()
+                done += 1
+            if done == before:
+                raise ValueError("head_warmup_steps: the train dataloader gave no sample with a label.")
 
-def _step(trainer: Trainer, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], items: float) -> None:
-    """Step on the gradient of the mean over the items of all processes."""
-    total = torch.tensor([items], dtype=torch.float64)
-    gradients = [parameter.grad for parameter in parameters]
-    sum_over_processes(trainer, [total, *gradients])
-    if total.item() > 0:
-        for gradient in gradients:
-            gradient.div_(total.item())
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=False)
+    def _accumulate(self, piece: Piece) -> None:
+        """Add the gradient of the summed loss of one piece; every process runs it, whether it has samples or not."""
+        items = count_items(self.trainer, piece.batch) if piece.mine > 0 else 0.0
+        loss = mean_loss(self.trainer, self.model, piece.batch, items) * items
+        gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        if items == 0:
+            return
+        self.items += items
+        for total, gradient in zip(self.sums, gradients, strict=True):
+            if gradient is not None:
+                total.add_(gradient)
+
+    def _step(self) -> None:
+        """Step on the gradient of the mean over the items of all processes."""
+        total = torch.tensor([self.items], dtype=torch.float64)
+        sum_over_processes(self.trainer, [total, *self.sums])
+        if total.item() > 0:
+            for copy, gradient in zip(self.copies, self.sums, strict=True):
+                copy.grad = gradient.div_(total.item())
+            self.optimizer.step()
+            write_parameters(self.trainer, list(zip(self.parameters, self.copies, strict=True)))
+        self.items = 0.0
+        self.sums = [torch.zeros_like(copy) for copy in self.copies]
