@@ -94,6 +94,11 @@ def probed_module(trainer: Trainer) -> nn.Module:
     return trainer.model
 
 
+def plain_name(name: str) -> str:
+    """Return a module's name without what FSDP1 puts into it."""
+    return name.replace("_fsdp_wrapped_module.", "")
+
+
 def is_sharded(parameter: Tensor) -> bool:
     """Tell whether this process has a part of the parameter only."""
     return isinstance(parameter, DTensor) or _is_partitioned(parameter)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.pytorch_utils import Conv1D
 
-from .engines import read_parameter
+from .engines import plain_name, read_parameter
 from .experts import split_A, split_B
 
 
@@ -252,6 +252,7 @@ def find_lora_layers(model: PeftModel) -> list[AdaptedLayer]:
     for name, module in model.get_base_model().named_modules():
         if not isinstance(module, BaseTunerLayer) or not _carries(module, adapter):
             continue
+        name = plain_name(name)
         if isinstance(module, ParamWrapper):
             # Wrappers of one module are nested; the name is that of the parameter in the base model.
             owner = name.replace(".base_layer", "")

@@ -9,14 +9,15 @@ Train tiny Llama on one engine and write down what came of it; run by `tests/tes
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import re
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 
@@ -24,12 +25,18 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import tiny
 import torch
-from peft import LoraConfig
-from transformers import LlamaForCausalLM, TrainerCallback
+from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from transformers import LlamaForCausalLM, TrainerCallback, default_data_collator
 
-from lora_ga_trainer import LoRAGAConfig, LoRAGATrainer
-from lora_ga_trainer.engines import is_sharded, read_parameter
+from lora_ga_trainer import LoRAGAConfig, LoRAGATrainer, LoRAProAdamW, LoRAProOptimizer
+from lora_ga_trainer.engines import is_sharded, read_parameter, write_parameters
+from lora_ga_trainer.layers import AdaptedLayer, find_adapted_layers
+from lora_ga_trainer.prepare import prepare_adapter
 from lora_ga_trainer.record import record_of_model
+from lora_ga_trainer.start import start_values
 
 
 STEPS, SAVED, KILLED = 10, 5, 7
@@ -110,7 +117,7 @@ class Kill(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-@contextmanager
+@contextlib.contextmanager
 def counted_reductions(carried: list[int]) -> Iterator[None]:
     """Note how many numbers each all-reduce of this process carries."""
     reduce = torch.distributed.all_reduce
@@ -198,7 +205,88 @@ def resumed_part(engine: str, folder: Path) -> dict[str, Any]:
     }
 
 
-PARTS = {"main": main_part, "killed": killed_part, "resumed": resumed_part}
+def refused(engine: str, folder: Path) -> dict[str, str]:
+    """What is impossible on this engine, and the sentence that says so before training starts."""
+    tries: dict[str, Callable[[], Any]] = {}
+    make = functools.partial(make_trainer, engine, folder, "refused")
+    if engine.startswith("zero"):
+        tries["lora_pro_adamw"] = lambda: make({"correction": "lora_pro_adamw"})
+        tries["riemannian"] = lambda: make({"init": "none", "riemannian_reg": 1e-2})
+    if engine == "fsdp2":
+        tries["head warm-up"] = lambda: make({"head_warmup_steps": 2})
+        last = str(folder / engine / "exact" / f"checkpoint-{STEPS}")
+        tries["resume"] = lambda: make({}).train(resume_from_checkpoint=last)
+        tries["full checkpoints"] = lambda: make({}, save_only_model=False, save_strategy="steps")
+    messages = {}
+    for name, attempt in tries.items():
+        try:
+            attempt()
+            messages[name] = "was not refused"
+        except ValueError as error:
+            messages[name] = str(error)
+    return messages
+
+
+def factors_of(layers: list[AdaptedLayer]) -> dict[str, tuple[torch.Tensor, ...]]:
+    read = lambda stored: read_parameter(stored).clone()
+    return {layer.name: (read(layer.stored_A), read(layer.stored_B)) for layer in layers}
+
+
+def bare_part(engine: str, folder: Path) -> dict[str, Any]:
+    """Shard a PEFT model by hand, adapter included, write a start, and step: the Trainer has no part in it."""
+    accelerator = Accelerator(cpu=True)
+    model = get_peft_model(
+        LlamaForCausalLM.from_pretrained(folder / "base"),
+        LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "up_proj", "down_proj"]),
+    )
+    prepare_adapter(model, LoRAGAConfig())
+    if engine == "fully_shard":
+        for layer in model.get_base_model().model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+    elif engine == "fsdp1":
+        layers = {type(model.get_base_model().model.layers[0])}
+        policy = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls=layers)
+        model = FullyShardedDataParallel(
+            model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu")
+        )
+    trainer = SimpleNamespace(accelerator=accelerator, model=model)
+    adapted = find_adapted_layers(getattr(model, "module", model))
+    generator = torch.Generator().manual_seed(3)
+    for layer in adapted:
+        out, inner = layer.shape
+        B0, A0 = torch.randn(out, 2, generator=generator), torch.randn(2, inner, generator=generator)
+        write_parameters(trainer, start_values(layer, 0.1 * B0, 0.1 * A0))
+    whole = lambda: contextlib.nullcontext()
+    if engine == "fsdp1":
+        whole = lambda: FullyShardedDataParallel.summon_full_params(model)
+    with whole():
+        start = factors_of(adapted)
+    if engine == "fsdp1":
+        return {"start": start}
+    rank, size = trainer.accelerator.process_index, trainer.accelerator.num_processes
+    rows = tiny.causal_rows(12, ragged=False)
+    found = {"start": start, "sharded": is_sharded(adapted[0].stored_A)}
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizers = {
+        "wrapper": lambda: LoRAProOptimizer(torch.optim.SGD(parameters, lr=5.0), model),
+        "adamw": lambda: LoRAProAdamW(parameters, model, lr=1e-3, weight_decay=0.1),
+    }
+    for name, make in optimizers.items():
+        optimizer = make()
+        for step in range(3):
+            of_step = rows[4 * step : 4 * step + 4][rank * 4 // size : (rank + 1) * 4 // size]
+            model(**default_data_collator(of_step)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found[name] = factors_of(adapted)
+        found[f"{name} state"] = sum(
+            value.numel() for state in optimizer.state.values() for value in state.values() if value.dim() == 2
+        )
+    return found
+
+
+PARTS = {"bare": bare_part, "main": main_part, "killed": killed_part, "resumed": resumed_part}
 
 
 if __name__ == "__main__":
@@ -208,3 +296,5 @@ if __name__ == "__main__":
     found = PARTS[part](engine, folder)
     (folder / engine).mkdir(exist_ok=True)
     torch.save(found, folder / engine / f"{part}-{os.environ['RANK']}.pt")
+    if part == "main":
+        torch.save(refused(engine, folder), folder / engine / f"refused-{os.environ['RANK']}.pt")

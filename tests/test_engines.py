@@ -7,6 +7,7 @@ One start on every engine: two real processes (gloo, CPU) against one, under DDP
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -18,7 +19,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from engine_run import KILLED, ROWS, SAVED, STEPS, main_part
+from engine_run import KILLED, ROWS, SAVED, STEPS, bare_part, main_part
 from optional import require
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -181,6 +182,72 @@ def test_the_saved_folder_loads_on_a_clean_base(engine: str, folder: Path, singl
     saved = load_file(folder / engine / "exact" / f"checkpoint-{STEPS}" / "adapter_model.safetensors")
     for name, value in ranks[0]["exact"]["end"].items():
         assert torch.equal(saved[name.replace(".default.", ".")], value), name
+
+
+REFUSALS = {
+    "lora_pro_adamw": r"correction='lora_pro_adamw'.*DEEPSPEED shows an optimizer flat partitions only.*'lora_pro'",
+    "riemannian": r"riemannian_reg=0.01.*DEEPSPEED shows an optimizer flat partitions only",
+    "head warm-up": r"head_warmup_steps=2: FSDP computes with other tensors.*head_warmup_steps=0",
+    "resume": r"no optimizer state, so a resume would start AdamW anew.*load_adapter",
+    "full checkpoints": r"Resuming is not supported for models sharded at load time",
+}
+
+
+def test_what_is_impossible_is_refused_by_name(engine: str, folder: Path, ranks: Any) -> None:
+    messages = torch.load(folder / engine / "refused-0.pt", weights_only=False)
+    expected = {"ddp": set(), "fsdp2": {"head warm-up", "resume", "full checkpoints"}}
+    assert set(messages) == expected.get(engine, {"lora_pro_adamw", "riemannian"})
+    for name, message in messages.items():
+        assert re.search(REFUSALS[name], message), message
+
+
+@pytest.fixture(scope="module")
+def by_hand(folder: Path) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    return bare_part("single", folder)
+
+
+@pytest.fixture(scope="module")
+def fully_sharded(folder: Path) -> list[dict[str, Any]]:
+    ended = launch("fully_shard", "bare", folder)
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    return [torch.load(folder / "fully_shard" / f"bare-{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def test_a_start_is_written_into_sharded_adapters(by_hand: Any, fully_sharded: Any) -> None:
+    for found in fully_sharded:
+        assert found["sharded"]
+        assert not by_hand["sharded"]
+        for name, factors in by_hand["start"].items():
+            assert all(torch.equal(*pair) for pair in zip(found["start"][name], factors, strict=True)), name
+
+
+def test_a_start_is_written_into_flattened_adapters(by_hand: Any, folder: Path) -> None:
+    ended = launch("fsdp1", "bare", folder)
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    for rank in range(2):
+        found = torch.load(folder / "fsdp1" / f"bare-{rank}.pt", weights_only=False)
+        assert found["start"].keys() == by_hand["start"].keys()
+        for name, factors in by_hand["start"].items():
+            assert all(torch.equal(*pair) for pair in zip(found["start"][name], factors, strict=True)), name
+
+
+@pytest.mark.parametrize("optimizer", ["wrapper", "adamw"])
+def test_lora_pro_steps_sharded_adapters_as_whole_ones(optimizer: str, by_hand: Any, fully_sharded: Any) -> None:
+    for name, factors in by_hand[optimizer].items():
+        moved = max((a - b).abs().max() for a, b in zip(factors, by_hand["start"][name], strict=True))
+        assert moved > 1e-3
+        for rank in range(2):
+            for ours, one in zip(fully_sharded[rank][optimizer][name], factors, strict=True):
+                # Gradients of two processes are summed in another order: 2^-23 of their size, which the inverse Gram
+                # matrices of factors this well conditioned and Adam's division carry to some 1e-5 of the step.
+                assert (ours - one).abs().max() < 2e-4 * moved
+
+
+def test_the_moments_of_lora_pro_adamw_are_sharded_like_the_base(by_hand: Any, fully_sharded: Any) -> None:
+    whole = by_hand["adamw state"]
+    assert whole > 0
+    assert [found["adamw state"] for found in fully_sharded] == [whole // 2, whole // 2]
 
 
 @pytest.mark.slow
