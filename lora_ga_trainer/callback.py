@@ -18,7 +18,7 @@ from .checkpoint import require_resumable
 from .config import LoRAGAConfig
 from .correction import asked_for, bare_optimizer
 from .engine_step import EngineStep, install_engine_step
-from .engines import optimizer_groups, require_resumable_engine, require_supported, warms_up_heads
+from .engines import optimizer_groups, require_resumable_engine, require_supported, require_warm_up
 from .head_warmup import warm_up_heads
 from .layers import find_adapted_layers
 from .lora_pro_adamw import LoRAProAdamW
@@ -79,7 +79,8 @@ class LoRAGACallback(TrainerCallback):
         _require_optimizer_builder(trainer, self.config)
         if self.config.init != "none":
             require_supported(trainer)
-            _require_warm_up(trainer, self.config)
+            if self.config.head_warmup_steps > 0:
+                require_warm_up(trainer)
             require_probe_folder(self.config)
             _require_examples(trainer.train_dataset if probe_dataset is None else probe_dataset)
             prepare_adapter(trainer.model, self.config, optimizer=trainer.optimizer)
@@ -142,14 +143,6 @@ def _require_optimizer_builder(trainer: Trainer, config: LoRAGAConfig) -> None:
         raise ValueError(
             f"LoRAGACallback: {what} is built when the Trainer makes its optimizer, where a callback has no say. Use "
             "LoRAGATrainer or LoRAGAMixin, or pass `optimizers=(LoRAProOptimizer(...), None)` to the Trainer yourself."
-        )
-
-
-def _require_warm_up(trainer: Trainer, config: LoRAGAConfig) -> None:
-    if config.head_warmup_steps > 0 and not warms_up_heads(trainer):
-        raise ValueError(
-            f"head_warmup_steps={config.head_warmup_steps}: FSDP computes with other tensors in place of the head's "
-            "parameters, so it can't be trained by itself. Use one process, DDP or ZeRO, or head_warmup_steps=0."
         )
 
 

@@ -13,7 +13,7 @@ from transformers.training_args import OptimizerNames
 
 from .anchor import anchored_parameter_names
 from .config import LoRAGAConfig
-from .engines import gives_gradients, holds_whole_gradients, steps_by_itself
+from .engines import require_gradients, steps_by_itself
 from .layers import find_adapted_layers, require_peft_model
 from .lora_pro_adamw import LoRAProAdamW
 from .lora_pro_wrapper import LoRAProOptimizer
@@ -46,7 +46,9 @@ def require_correctable(trainer: Trainer, config: LoRAGAConfig) -> None:
     what = asked_for(config)
     if what is None:
         return
-    _require_gradients(trainer, config, what)
+    corrects = config.correction != "none"
+    if config.loraplus_lr_ratio is None:  # LoRA+ reads no gradient
+        require_gradients(trainer, what, in_parameters=config.correction != "lora_pro", gathers=corrects)
     if trainer.model is not None:  # with model_init it is made later
         require_peft_model(trainer.model)
     if config.correction == "lora_pro":
@@ -60,23 +62,6 @@ def require_correctable(trainer: Trainer, config: LoRAGAConfig) -> None:
         raise ValueError(
             f"{what} is an AdamW of its own, and the arguments ask for optim={trainer.args.optim.value!r} or "
             "another optimizer class. Set optim='adamw_torch', or use correction='lora_pro', which wraps any of them."
-        )
-
-
-def _require_gradients(trainer: Trainer, config: LoRAGAConfig, what: str) -> None:
-    """Refuse an engine that keeps from the optimizer what it needs."""
-    if config.loraplus_lr_ratio is not None:  # reads no gradient
-        return
-    engine = trainer.accelerator.distributed_type.value
-    if config.correction != "lora_pro" and steps_by_itself(trainer):
-        raise ValueError(
-            f"{what} reads gradients of parameters, and {engine} shows an optimizer flat partitions only. Use "
-            "correction='lora_pro', which corrects them before the engine's step, or DDP or FSDP2."
-        )
-    if not gives_gradients(trainer) or (config.correction == "none" and not holds_whole_gradients(trainer)):
-        raise ValueError(
-            f"{what} needs whole gradients, and this engine ({engine}) spreads each over the processes. Use one "
-            "process, DDP or ZeRO (FSDP2 for LoRA-Pro), or correction='none'."
         )
 
 

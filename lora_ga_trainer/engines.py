@@ -70,17 +70,46 @@ def require_resumable_engine(trainer: Trainer) -> None:
         )
 
 
-def gives_gradients(trainer: Trainer) -> bool:
-    """Tell whether the gradient of a parameter can be read whole, wherever its parts are."""
-    if trainer.accelerator.distributed_type != DistributedType.FSDP:
-        return True
-    return getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1) == 2
+def require_gradients(trainer: Trainer, what: str, in_parameters: bool, gathers: bool) -> None:
+    """
+    Refuse an engine that keeps from an optimizer the gradients it works on.
+
+    Args:
+        trainer: names the engine.
+        what: the setting that asks for the optimizer, for the message.
+        in_parameters: whether the optimizer itself looks for gradients in the model's parameters.
+        gathers: whether it gathers gradients that are spread over processes.
+
+    Raises:
+        `ValueError`: naming the setting and the engine.
+    """
+    engine = trainer.accelerator.distributed_type
+    if in_parameters and steps_by_itself(trainer):
+        raise ValueError(
+            f"{what} reads gradients of parameters, and {engine.value} shows an optimizer flat partitions only. Use "
+            "correction='lora_pro', which corrects them before the engine's step, or DDP or FSDP2."
+        )
+    flat = engine == DistributedType.FSDP and getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2
+    if flat or (not gathers and not holds_whole_gradients(trainer)):
+        raise ValueError(
+            f"{what} needs whole gradients, and this engine ({engine.value}) spreads each over the processes. Use one "
+            "process, DDP or ZeRO (FSDP2 for LoRA-Pro), or correction='none'."
+        )
 
 
-def warms_up_heads(trainer: Trainer) -> bool:
-    """Tell whether `autograd.grad` reaches parameters; FSDP computes with other tensors in their place."""
+def require_warm_up(trainer: Trainer) -> None:
+    """
+    Refuse engines on which `autograd.grad` does not reach the parameters of a head.
+
+    Raises:
+        `ValueError`: with the reason.
+    """
     sharded_at_load = getattr(trainer, "is_distributed_loading_by_transformers", False)
-    return trainer.accelerator.distributed_type != DistributedType.FSDP and not sharded_at_load
+    if sharded_at_load or trainer.accelerator.distributed_type == DistributedType.FSDP:
+        raise ValueError(
+            "head_warmup_steps: FSDP computes with other tensors in place of the head's parameters, so it can't be "
+            "trained by itself. Use one process, DDP or ZeRO, or head_warmup_steps=0."
+        )
 
 
 def probed_module(trainer: Trainer) -> nn.Module:

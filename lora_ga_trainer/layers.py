@@ -108,7 +108,7 @@ class AdaptedLayer:
         if weight.shape != self.shape:
             raise ValueError(
                 f"Layer {self.name}: this engine shows its weight as {tuple(weight.shape)} instead of {self.shape}, "
-                "and DoRA and scale='weight_svd' have to read it. Use fully_shard (FSDP2) or ZeRO, or neither of them."
+                "and DoRA and scale='weight_svd' have to read it. Use another engine, or neither of them."
             )
         return weight
 

@@ -113,7 +113,7 @@ def _require_whole_experts(layers: list[AdaptedLayer]) -> None:
         if layer.parameter_name is not None and is_sharded(layer.weight):
             raise ValueError(
                 f"{layer.name}: this engine spreads the parameter over processes, where PEFT can't adapt it. Leave "
-                "it out of `target_parameters`, or use one process or DDP."
+                "it out of `target_parameters`, or use an engine that keeps it whole."
             )
 
 

@@ -187,7 +187,7 @@ def test_the_saved_folder_loads_on_a_clean_base(engine: str, folder: Path, singl
 REFUSALS = {
     "lora_pro_adamw": r"correction='lora_pro_adamw'.*DEEPSPEED shows an optimizer flat partitions only.*'lora_pro'",
     "riemannian": r"riemannian_reg=0.01.*DEEPSPEED shows an optimizer flat partitions only",
-    "head warm-up": r"head_warmup_steps=2: FSDP computes with other tensors.*head_warmup_steps=0",
+    "head warm-up": r"head_warmup_steps: FSDP computes with other tensors.*head_warmup_steps=0",
     "resume": r"no optimizer state, so a resume would start AdamW anew.*load_adapter",
     "full checkpoints": r"Resuming is not supported for models sharded at load time",
 }
