@@ -82,10 +82,9 @@ class LoRAGAMixin:
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
         """Clip to `max_grad_norm`, with the gradient of an anchored `A` counted once in the norm."""
-        if self._lora_ga_callback.engine_step is not None:
-            return self._lora_ga_callback.engine_step.norm  # it has clipped
         if not self._counts_tied_halves(model):
-            return super()._clip_grad_norm(model)
+            step = self._lora_ga_callback.engine_step  # has clipped, where there is one
+            return super()._clip_grad_norm(model) if step is None else step.norm
         self.accelerator.unscale_gradients()
         norm = torch.nn.utils.get_total_norm(list(counted_gradients(model)))
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), self.args.max_grad_norm, norm)
