@@ -18,7 +18,7 @@ from .checkpoint import require_resumable
 from .config import LoRAGAConfig
 from .correction import asked_for, bare_optimizer
 from .engine_step import EngineStep, install_engine_step
-from .engines import optimizer_groups, require_resumable_engine, require_supported, require_warm_up
+from .engines import optimizer_groups, require_resumable_engine, require_supported
 from .head_warmup import warm_up_heads
 from .layers import find_adapted_layers
 from .lora_pro_adamw import LoRAProAdamW
@@ -79,8 +79,6 @@ class LoRAGACallback(TrainerCallback):
         _require_optimizer_builder(trainer, self.config)
         if self.config.init != "none":
             require_supported(trainer)
-            if self.config.head_warmup_steps > 0:
-                require_warm_up(trainer)
             require_probe_folder(self.config)
             _require_examples(trainer.train_dataset if probe_dataset is None else probe_dataset)
             prepare_adapter(trainer.model, self.config, optimizer=trainer.optimizer)

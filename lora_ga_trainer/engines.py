@@ -97,21 +97,6 @@ def require_gradients(trainer: Trainer, what: str, in_parameters: bool, gathers:
         )
 
 
-def require_warm_up(trainer: Trainer) -> None:
-    """
-    Refuse engines on which `autograd.grad` does not reach the parameters of a head.
-
-    Raises:
-        `ValueError`: with the reason.
-    """
-    sharded_at_load = getattr(trainer, "is_distributed_loading_by_transformers", False)
-    if sharded_at_load or trainer.accelerator.distributed_type == DistributedType.FSDP:
-        raise ValueError(
-            "head_warmup_steps: FSDP computes with other tensors in place of the head's parameters, so it can't be "
-            "trained by itself. Use one process, DDP or ZeRO, or head_warmup_steps=0."
-        )
-
-
 def probed_module(trainer: Trainer) -> nn.Module:
     """
     Return the module whose forward the probe calls.

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils.stateless import _reparametrize_module
 
 from .borrow import borrowed
 from .collectives import mean_over_processes, sum_over_processes
@@ -41,14 +44,12 @@ def warm_up_heads(trainer: Trainer, config: LoRAGAConfig) -> None:
             f"head_warmup_steps={config.head_warmup_steps}, but the adapter has no `modules_to_save` to train. Name "
             "the fresh head there in the LoraConfig, or set head_warmup_steps=0."
         )
-    parameters = [parameter for head in heads for parameter in head.parameters() if parameter.requires_grad]
     args = trainer.args
     per_step = trainer._train_batch_size * args.gradient_accumulation_steps * trainer.accelerator.num_processes
-    with borrowed(trainer, model):
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        warm_up = _Heads(trainer, model, parameters, config.head_warmup_learning_rate)
+    warm_up = _Heads(trainer, model, heads, config.head_warmup_learning_rate)
+    with borrowed(trainer, model), warm_up.in_place():
         warm_up.train(config.head_warmup_steps, per_step)
+    write_parameters(trainer, list(zip(warm_up.parameters, warm_up.copies, strict=True)))
     logger.info(
         "Trained %d head parameters for %d steps.", sum(map(torch.numel, warm_up.copies)), config.head_warmup_steps
     )
@@ -56,17 +57,28 @@ def warm_up_heads(trainer: Trainer, config: LoRAGAConfig) -> None:
 
 class _Heads:
     """
-    Whole fp32 copies of the heads' parameters, stepped by an AdamW of their own and written back after each step.
+    Whole fp32 copies of the heads' parameters, which an AdamW of their own steps and the heads compute with meanwhile.
 
-    The engine has no part in it: gradients come from `autograd.grad`, which runs none of its hooks.
+    The engine has no part in it: no parameter of the model requires grad, and none is written before the end.
     """
 
-    def __init__(self, trainer: Trainer, model: nn.Module, parameters: list[nn.Parameter], lr: float) -> None:
-        self.trainer, self.model, self.parameters = trainer, model, parameters
-        self.copies = [read_parameter(parameter).float().clone() for parameter in parameters]
+    def __init__(self, trainer: Trainer, model: nn.Module, heads: list[nn.Module], lr: float) -> None:
+        self.trainer, self.model, self.heads = trainer, model, heads
+        self.named = [{n: p for n, p in head.named_parameters() if p.requires_grad} for head in heads]
+        self.parameters = [parameter for named in self.named for parameter in named.values()]
+        self.copies = [read_parameter(parameter).float().clone().requires_grad_() for parameter in self.parameters]
         self.sums = [torch.zeros_like(copy) for copy in self.copies]
         self.items = 0.0
         self.optimizer = torch.optim.AdamW(self.copies, lr=lr, weight_decay=0.0)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Let the heads compute with the copies, in the dtypes of their own parameters."""
+        copies = iter(self.copies)
+        with ExitStack() as stack:
+            for head, named in zip(self.heads, self.named, strict=True):
+                stack.enter_context(_computing_with(head, named, {name: next(copies) for name in named}))
+            yield
 
     def train(self, steps: int, per_step: int) -> None:
         done = 0
@@ -88,7 +100,7 @@ class _Heads:
         """Add the gradient of the summed loss of one piece; every process runs it, whether it has samples or not."""
         items = count_items(self.trainer, piece.batch) if piece.mine > 0 else 0.0
         loss = mean_loss(self.trainer, self.model, piece.batch, items) * items
-        gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        gradients = torch.autograd.grad(loss, self.copies, allow_unused=True)
         if items == 0:
             return
         self.items += items
@@ -104,6 +116,23 @@ class _Heads:
             for copy, gradient in zip(self.copies, self.sums, strict=True):
                 copy.grad = gradient.div_(total.item())
             self.optimizer.step()
-            write_parameters(self.trainer, list(zip(self.parameters, self.copies, strict=True)))
         self.items = 0.0
         self.sums = [torch.zeros_like(copy) for copy in self.copies]
+
+
+@contextmanager
+def _computing_with(head: nn.Module, named: dict[str, nn.Parameter], copies: dict[str, Tensor]) -> Iterator[None]:
+    forward, own = head.forward, vars(head).get("forward")
+
+    def with_copies(*args: Any, **kwargs: Any) -> Any:
+        tensors = {name: copy.to(named[name].dtype) for name, copy in copies.items()}
+        with _reparametrize_module(head, tensors):
+            return forward(*args, **kwargs)
+
+    head.forward = with_copies
+    try:
+        yield
+    finally:
+        del head.forward
+        if own is not None:
+            head.forward = own

@@ -213,7 +213,6 @@ def refused(engine: str, folder: Path) -> dict[str, str]:
         tries["lora_pro_adamw"] = lambda: make({"correction": "lora_pro_adamw"})
         tries["riemannian"] = lambda: make({"init": "none", "riemannian_reg": 1e-2})
     if engine == "fsdp2":
-        tries["head warm-up"] = lambda: make({"head_warmup_steps": 2})
         last = str(folder / engine / "exact" / f"checkpoint-{STEPS}")
         tries["resume"] = lambda: make({}).train(resume_from_checkpoint=last)
         tries["full checkpoints"] = lambda: make({}, save_only_model=False, save_strategy="steps")
