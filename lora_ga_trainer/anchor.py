@@ -255,8 +255,3 @@ def counted_gradients(
             yield split_A(gradient, experts).chunk(2, dim=1)[0]
         else:
             yield gradient.chunk(2, dim=0)[0] if experts else gradient
-
-
-def net_factors(layer: AdaptedLayer) -> tuple[Tensor, Tensor]:
-    """Return stored `(B (out, k), A (k, in))` whose product times `s` is the layer's change of `W`."""
-    return layer.lora_B.weight.detach(), layer.lora_A.weight.detach()

@@ -84,7 +84,9 @@ def install_engine_step(trainer: Trainer, model: nn.Module, correct: bool) -> En
     """
     if not steps_by_itself(trainer):
         return None
-    groups = [{**options, "params": parameters} for parameters, options in optimizer_groups(trainer)]
-    pairs = trained_pairs(model, groups, "LoRA-Pro") if correct else []
+    pairs: list[AdaptedLayer] = []
+    if correct:
+        groups = [{**options, "params": parameters} for parameters, options in optimizer_groups(trainer)]
+        pairs = trained_pairs(model, groups, "LoRA-Pro")
     clips = trainer.args.max_grad_norm and anchored_parameter_names(model)
     return EngineStep(trainer, model, pairs) if pairs or clips else None

