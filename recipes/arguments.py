@@ -2,8 +2,9 @@
 
 import sys
 from argparse import ArgumentParser
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 from yaml_defaults import nearest_argument, replace_defaults
@@ -123,34 +124,36 @@ class LoraArguments:
     use_dora: bool = field(default=False, metadata={"help": "Learn each row's magnitude apart (DoRA)."})
 
 
-Arguments = tuple[ModelArguments, DataArguments, LoraArguments, LoRAGAConfig, Seq2SeqTrainingArguments]
+Arguments = tuple[Any, ...]  # model, data, adapter, start, training, and a recipe's own
 
 
-def make_parser() -> HfArgumentParser:
-    """Return the parser of every argument of the recipe."""
-    types = (ModelArguments, DataArguments, LoraArguments, LoRAGAConfig, Seq2SeqTrainingArguments)
+def make_parser(extra: Sequence[type] = ()) -> HfArgumentParser:
+    """Return the parser of every argument that recipes share, and of a recipe's own `extra` dataclasses."""
+    types = (ModelArguments, DataArguments, LoraArguments, LoRAGAConfig, Seq2SeqTrainingArguments, *extra)
     parser = HfArgumentParser(types, allow_abbrev=False)
     parser.add_argument("--config", help="A YAML file whose values replace the defaults listed here.")
     return parser
 
 
-def parse(argv: list[str] | None = None) -> Arguments:
+def parse(argv: list[str] | None = None, extra: Sequence[type] = ()) -> Arguments:
     """
     Read the command line, over the YAML file that `--config` names, over the defaults.
 
     Args:
         argv (`list[str]`, *optional*):
             The command line without the program's name; the program's own by default.
+        extra (`Sequence[type]`, *optional*):
+            Dataclasses of arguments that one recipe has beside the shared ones.
 
     Returns:
-        One instance of each of the five argument classes.
+        One instance of each of the five argument classes, then of each of `extra`.
 
     Raises:
         `ValueError`: if the file or the command line holds a key that no class knows, naming the nearest that one
             does, or a value that is not allowed.
     """
     argv = sys.argv[1:] if argv is None else argv
-    parser = make_parser()
+    parser = make_parser(extra)
     first_look = ArgumentParser(add_help=False, allow_abbrev=False)
     first_look.add_argument("--config")
     config = first_look.parse_known_args(argv)[0].config

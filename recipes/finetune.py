@@ -7,28 +7,19 @@ Any value of the YAML file can be given on the command line too, where it wins: 
 """
 
 import json
-import os
 from pathlib import Path
 
-import torch
 from arguments import parse
 from data import load_data
-from evaluation import add_perplexity, evaluation_functions, headline
+from evaluation import add_perplexity, headline
 from models import load_model, load_tokenizer, make_lora_config
-from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, TrainingArguments, set_seed
-
-from lora_ga_trainer import LoRAGATrainer, Seq2SeqLoRAGATrainer
-
-
-def use_all_cores(args: TrainingArguments) -> None:
-    """Give each process its share of the CPU where `accelerate launch` set one thread, as it does unless told more."""
-    if args.device.type == "cpu" and torch.get_num_threads() == 1:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.world_size))
+from training import adapt_to_cpu, make_trainer
+from transformers import set_seed
 
 
 def main() -> None:
     model_args, data_args, lora_args, lora_ga_config, training_args = parse()
-    use_all_cores(training_args)
+    adapt_to_cpu(training_args)
     set_seed(training_args.seed)
     task = model_args.task
 
@@ -41,19 +32,8 @@ def main() -> None:
     model = load_model(model_args, tokenizer, data.class_names)
 
     # Trainer
-    classifies = task == "sequence-classification"
-    collator = DataCollatorWithPadding(tokenizer) if classifies else DataCollatorForSeq2Seq(tokenizer, model)
-    trainer_class = Seq2SeqLoRAGATrainer if task == "seq2seq" else LoRAGATrainer
-    trainer = trainer_class(
-        model,
-        training_args,
-        train_dataset=data.train,
-        eval_dataset=data.eval,
-        processing_class=tokenizer,
-        data_collator=collator,
-        peft_config=make_lora_config(lora_args, task),
-        lora_ga_config=lora_ga_config,
-        **evaluation_functions(task, tokenizer, training_args.predict_with_generate),
+    trainer = make_trainer(
+        task, model, training_args, data, tokenizer, lora_ga_config, make_lora_config(lora_args, task)
     )
 
     # Train

@@ -1,0 +1,133 @@
+"""The methods that can be compared, each with its source: what it puts on a model before training."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from arguments import LoraArguments
+from models import make_lora_config
+from peft import AdaLoraConfig, LoKrConfig, LoraConfig, PeftConfig, RandLoraConfig, get_peft_model
+from torch import nn
+from transformers import Trainer
+
+from comparison.starts import (
+    Samples,
+    drop_ties,
+    freeze_orthogonal_A,
+    reallocate_ranks,
+    start_by_eva,
+    start_by_peft_lora_ga,
+    turn_at_random,
+)
+
+
+@dataclass(frozen=True)
+class Method:
+    """
+    One way to fine-tune.
+
+    Args:
+        about: what it is, with its source.
+        adapt: puts it on a plain model, given PEFT's plain LoRA settings and the samples that a start may read.
+        init: `LoRAGAConfig.init`.
+        settings: further fields of `LoRAGAConfig`.
+        lora: changes to the recipe's arguments of the adapter.
+        rate_factor: the sweep begins with the common rates times this.
+        correctable: whether a LoRA-Pro correction can go with it: its pairs must be plain or anchored LoRA.
+        after_start: adds a callback that runs after the start is written.
+    """
+
+    about: str
+    adapt: Callable[[nn.Module, LoraConfig, Samples], nn.Module]
+    init: str = "none"
+    settings: dict[str, Any] = field(default_factory=dict)
+    lora: dict[str, Any] = field(default_factory=dict)
+    rate_factor: float = 1.0
+    correctable: bool = True
+    after_start: Callable[[Trainer], None] | None = None
+
+    def make(self, model: nn.Module, lora: LoraArguments, task: str, samples: Samples) -> nn.Module:
+        """Return `model` with this method on it."""
+        return self.adapt(model, make_lora_config(replace(lora, **self.lora), task), samples)
+
+
+def _wrap(model: nn.Module, config: LoraConfig, samples: Samples) -> nn.Module:
+    return get_peft_model(model, config)
+
+
+def _from(init: str) -> Callable[[nn.Module, LoraConfig, Samples], nn.Module]:
+    """A start that PEFT computes from the base weights, changing them."""
+
+    def adapt(model: nn.Module, config: LoraConfig, samples: Samples) -> nn.Module:
+        config.init_lora_weights = init
+        return get_peft_model(model, config)
+
+    return adapt
+
+
+def _as(kind: type[PeftConfig], **settings: Any) -> Callable[[nn.Module, LoraConfig, Samples], nn.Module]:
+    """Another tuner of PEFT on the layers that LoRA would adapt."""
+
+    def adapt(model: nn.Module, config: LoraConfig, samples: Samples) -> nn.Module:
+        shared = {name: getattr(config, name) for name in ("task_type", "target_modules", "modules_to_save")}
+        of_rank = {"r": config.r, "alpha": config.lora_alpha} if kind is LoKrConfig else {}
+        return get_peft_model(model, kind(**shared, **of_rank, **settings))
+
+    return adapt
+
+
+def _adalora(model: nn.Module, config: LoraConfig, samples: Samples) -> nn.Module:
+    """Begin at 1.5 r and let the budget fall to r between a tenth and seven tenths of the steps."""
+    steps = samples.args.max_steps
+    adalora = AdaLoraConfig(
+        task_type=config.task_type,
+        target_modules=config.target_modules,
+        modules_to_save=config.modules_to_save,
+        lora_alpha=config.lora_alpha,
+        init_r=config.r + config.r // 2,
+        target_r=config.r,
+        tinit=steps // 10,
+        tfinal=3 * steps // 10,
+        deltaT=max(1, steps // 100),
+        total_step=steps,
+    )
+    return get_peft_model(model, adalora)
+
+
+METHODS = {
+    "full": Method("full fine-tuning", lambda model, config, samples: model, rate_factor=0.1, correctable=False),
+    "lora": Method("LoRA, arXiv 2106.09685", _wrap),
+    "rslora": Method("rank-stabilised LoRA, arXiv 2312.03732", _wrap, lora={"use_rslora": True}),
+    "lora_plus": Method(
+        "LoRA+, arXiv 2402.12354: the rate of B is 16 times that of A",
+        _wrap,
+        settings={"loraplus_lr_ratio": 16.0},
+        correctable=False,
+    ),
+    "dora": Method("DoRA, arXiv 2402.09353", _wrap, lora={"use_dora": True}),
+    "adalora": Method("AdaLoRA, arXiv 2303.10512", _adalora, correctable=False, after_start=reallocate_ranks),
+    "pissa": Method("PiSSA, arXiv 2404.02948", _from("pissa")),
+    "olora": Method("OLoRA, arXiv 2406.01775", _from("olora")),
+    "eva": Method("EVA, arXiv 2410.07170", start_by_eva),
+    "randlora": Method("RandLoRA, arXiv 2502.00987, PEFT's defaults", _as(RandLoraConfig), correctable=False),
+    "lokr": Method("LoKr (Kronecker factors), arXiv 2309.14859", _as(LoKrConfig), correctable=False),
+    "asymmetric": Method(
+        "asymmetric LoRA, arXiv 2402.16842: A orthogonal at random and frozen", freeze_orthogonal_A, correctable=False
+    ),
+    "peft_lora_ga": Method("LoRA-GA as PEFT computes it, on a changed base", start_by_peft_lora_ga),
+    "random_orthogonal": Method(
+        "LoRA-GA's anchored start with random orthonormal directions of the same lengths: size without direction",
+        _wrap,
+        init="lora_ga",
+        after_start=turn_at_random,
+    ),
+    "lora_ga_free": Method(
+        "LoRA-GA's start [A0; 0], [0, B0] as an ordinary LoRA of rank 2r: nothing tied, nothing frozen",
+        _wrap,
+        init="lora_ga",
+        correctable=False,
+        after_start=drop_ties,
+    ),
+    "lora_ga": Method("LoRA-GA, arXiv 2407.05000, anchored", _wrap, init="lora_ga"),
+    "lora_one": Method("LoRA-One, arXiv 2502.01235", _wrap, init="lora_one"),
+}

@@ -1,0 +1,76 @@
+"""What a comparison can be told beside what a recipe can, and what it does not leave to the user."""
+
+from dataclasses import MISSING, dataclass, field, fields
+
+from transformers import Seq2SeqTrainingArguments
+
+
+# Arguments of the Trainer that the comparison sets, each with what to use instead.
+OWNED = {
+    "learning_rate": "every arm is swept over --rates",
+    "seed": "use --seeds",
+    "num_train_epochs": "every run has the same --max_steps",
+    "eval_strategy": "use --eval_points",
+    "eval_steps": "use --eval_points",
+    "load_best_model_at_end": "every run is judged by its last step",
+    "push_to_hub": "no run is meant to be kept",
+    "resume_from_checkpoint": "a comparison continues by itself in its output_dir",
+}
+
+
+@dataclass
+class CompareArguments:
+    """Say what is compared, and at what expense."""
+
+    arms: str = field(
+        default="lora,lora_ga",
+        metadata={
+            "help": "Comma-separated arms, each `method[:option=value]...[+correction]`; options are fields of "
+            "LoRAGAConfig and of the adapter. lora_ga:gamma=64+lora_pro, lora:lora_r=16."
+        },
+    )
+    rates: list[float] = field(
+        default_factory=lambda: [1e-4, 3e-4, 1e-3, 3e-3, 1e-2],
+        metadata={"help": "Learning rates that each sweep begins with (`full` and lora_pro_adamw: a tenth of them)."},
+    )
+    seeds: list[int] = field(
+        default_factory=lambda: [0, 1, 2],
+        metadata={"help": "Every rate is run with the first of them, the winning rate with all."},
+    )
+    max_extensions: int = field(
+        default=3, metadata={"help": "Rates that may be added to a sweep whose best rate lies at its end."}
+    )
+    eval_points: int = field(
+        default=4, metadata={"help": "Evaluations of a run, evenly spread; a multiple of 4 that divides max_steps."}
+    )
+    plan_only: bool = field(default=False, metadata={"help": "Print what would be run and how long, and stop."})
+
+
+def require_comparable(compare: CompareArguments, args: Seq2SeqTrainingArguments) -> None:
+    """
+    Refuse what would be ignored or can't be measured.
+
+    Raises:
+        `ValueError`: naming the argument and what to use instead.
+    """
+    defaults = {f.name: f.default for f in fields(args) if f.default is not MISSING}
+    for name, instead in OWNED.items():
+        value = getattr(args, name)
+        if value != defaults[name] and not (name == "eval_strategy" and value == "no"):
+            raise ValueError(f"{name}={value!r}: {instead}.")
+    if args.max_steps < 4:
+        raise ValueError(f"max_steps={args.max_steps}: give the steps of every run, at least 4.")
+    points = compare.eval_points
+    if points < 4 or points % 4 or args.max_steps % points:
+        raise ValueError(
+            f"eval_points={points} must be a multiple of 4 that divides max_steps={args.max_steps}: a quarter, half "
+            "and all of the steps are reported."
+        )
+
+
+def metric_of(args: Seq2SeqTrainingArguments) -> tuple[str, float]:
+    """Return the metric that decides, `eval_loss` unless told otherwise, and the sign that makes less of it better."""
+    name = args.metric_for_best_model or "eval_loss"
+    name = name if name.startswith("eval_") else f"eval_{name}"
+    greater = args.greater_is_better if args.greater_is_better is not None else not name.endswith("loss")
+    return name, -1.0 if greater else 1.0

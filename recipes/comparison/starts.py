@@ -1,0 +1,147 @@
+"""Starts and changes of an adapter that neither a setting of PEFT nor one of this package makes by itself."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from encoding import IGNORED
+from peft import LoraConfig, LoraGAConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
+from peft.tuners.lora.loraga import preprocess_loraga
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from lora_ga_trainer.engines import write_parameters
+from lora_ga_trainer.layers import find_adapted_layers
+from lora_ga_trainer.report import PLAIN
+from lora_ga_trainer.start import start_values
+
+
+@dataclass(frozen=True)
+class Samples:
+    """
+    What a start may read.
+
+    Args:
+        train: encoded training rows.
+        collate: makes a batch of rows.
+        args: of the run: batch size, seed, device, steps.
+        count: samples to read, as many as the probes of this package read.
+    """
+
+    train: Dataset
+    collate: Callable[[list[Any]], dict[str, torch.Tensor]]
+    args: TrainingArguments
+    count: int
+
+    def batches(self) -> list[dict[str, torch.Tensor]]:
+        """Return `count` random rows in micro-batches of the training's size, the same ones on every process."""
+        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(self.args.seed))
+        size = self.args.per_device_train_batch_size
+        chosen = [self.train[int(i)] for i in order[: self.count]]
+        return [
+            {name: value.to(self.args.device) for name, value in self.collate(chosen[i : i + size]).items()}
+            for i in range(0, len(chosen), size)
+        ]
+
+
+def start_by_eva(model: nn.Module, config: LoraConfig, samples: Samples) -> nn.Module:
+    """Let PEFT read the directions of the layers' inputs, and spread the ranks by them."""
+    config.init_lora_weights = "eva"
+    adapted = get_peft_model(model, config).to(samples.args.device)
+    initialize_lora_eva_weights(adapted, samples.batches(), show_progress_bar=False)
+    return adapted
+
+
+def start_by_peft_lora_ga(model: nn.Module, config: LoraConfig, samples: Samples) -> nn.Module:
+    """Run PEFT's own LoRA-GA, with its defaults, on the gradient of the mean over all items of the samples."""
+    plain = get_peft_model(model, config)
+    names = {layer.name for layer in find_adapted_layers(plain)}  # PEFT's routine does not know all-linear
+    model = plain.unload().to(samples.args.device).eval()
+    config.target_modules, config.init_lora_weights = names, "lora_ga"
+    config.lora_ga_config = LoraGAConfig()
+    batches = samples.batches()
+    items = [_count_items(batch, model) for batch in batches]
+
+    def run_backward() -> None:
+        for batch, count in zip(batches, items, strict=True):
+            (model(**batch).loss * (count / sum(items))).backward()
+
+    preprocess_loraga(model, config, run_backward)
+    return get_peft_model(model, config)
+
+
+def _count_items(batch: dict[str, torch.Tensor], model: nn.Module) -> int:
+    """Count what the model's loss is a mean over: rows, or label tokens; a causal model skips the first of a row."""
+    labels = batch["labels"]
+    if labels.dim() > 1 and not model.config.is_encoder_decoder:
+        labels = labels[:, 1:]
+    return int((labels != IGNORED).sum())
+
+
+def freeze_orthogonal_A(model: nn.Module, config: LoraConfig, samples: Samples) -> PeftModel:
+    """Give every `A` orthonormal rows at random and train `B` alone, from 0."""
+    adapted = get_peft_model(model, config)
+    generator = torch.Generator().manual_seed(samples.args.seed)
+    for layer in find_adapted_layers(adapted):
+        nn.init.orthogonal_(layer.stored_A, generator=generator)
+        layer.stored_A.requires_grad_(False)
+    return adapted
+
+
+class _RandomDirections(TrainerCallback):
+    """Replace the directions of a LoRA-GA start by random orthonormal ones of the same lengths."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step > 0:  # resumed
+            return
+        generator = torch.Generator().manual_seed(args.seed)
+        layers = find_adapted_layers(self.trainer.accelerator.unwrap_model(self.trainer.model))
+        for layer, report in zip(layers, self.trainer.lora_ga_report.layers, strict=True):
+            if report.action in PLAIN:
+                continue
+            (out_features, in_features), r = layer.shape, report.rank
+            B0 = nn.init.orthogonal_(torch.empty(out_features, r), report.scale, generator)
+            A0 = nn.init.orthogonal_(torch.empty(r, in_features), report.scale, generator)
+            write_parameters(self.trainer, start_values(layer, B0, A0))
+
+
+class _DropTies(TrainerCallback):
+    """Make anchored factors plain ones: the same parameters in ordinary linear layers."""
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, model: nn.Module, **kwargs: Any):
+        for layer in find_adapted_layers(model):
+            for factors in (layer.module.lora_A, layer.module.lora_B):
+                factors[layer.adapter] = _plain_linear(factors[layer.adapter])
+
+
+def _plain_linear(anchored: nn.Linear) -> nn.Linear:
+    linear = nn.Linear(anchored.in_features, anchored.out_features, anchored.bias is not None, device="meta")
+    linear.weight, linear.bias = anchored.weight, anchored.bias
+    return linear
+
+
+class _ReallocateRanks(TrainerCallback):
+    """Let AdaLoRA move its budget after each step, while the gradients are still there."""
+
+    def on_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, model: nn.Module, **kwargs: Any):
+        model.base_model.update_and_allocate(state.global_step)
+
+
+def turn_at_random(trainer: Trainer) -> None:
+    """Add the callback of `random_orthogonal`; it must run after the start."""
+    trainer.add_callback(_RandomDirections(trainer))
+
+
+def drop_ties(trainer: Trainer) -> None:
+    """Add the callback of `lora_ga_free`; a folder it saves has a `lora_ga.json` that calls it anchored."""
+    trainer.add_callback(_DropTies())
+
+
+def reallocate_ranks(trainer: Trainer) -> None:
+    """Add the callback of `adalora`."""
+    trainer.add_callback(_ReallocateRanks())

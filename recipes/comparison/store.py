@@ -1,0 +1,77 @@
+"""The results of a comparison on disk: one file a run, so that a comparison that is killed loses one run at most."""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from comparison.run import Result
+
+
+class Store:
+    """
+    Results in `folder/results`, of runs made with the same settings.
+
+    Args:
+        folder: of the comparison.
+        settings: everything that changes what a run gives, as JSON holds it.
+
+    Raises:
+        `ValueError`: if the folder holds a comparison with other settings, naming the first that differs, or a file
+            in it is damaged.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        self.folder = folder / "results"
+        self.settings = json.loads(json.dumps(settings))
+        self._path = folder / "settings.json"
+        if self._path.exists():
+            self._require_same()
+
+    def open(self) -> None:
+        """Make the folder and write the settings down."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_whole(self._path, self.settings)
+
+    def load(self) -> list[Result]:
+        """Return the results that are there."""
+        return [_read_result(file) for file in sorted(self.folder.glob("*/*.json"))]
+
+    def add(self, slug: str, result: Result) -> None:
+        """Write one result."""
+        file = self.folder / slug / f"rate{result.rate:g}_seed{result.seed}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, result.to_dict())
+
+    def _require_same(self) -> None:
+        found = _read(self._path)
+        for name in sorted(found.keys() | self.settings.keys()):
+            if found.get(name) != self.settings.get(name):
+                raise ValueError(
+                    f"{self._path}: the comparison there was made with {name}={found.get(name)!r}, this one has "
+                    f"{self.settings.get(name)!r}. Name another --output_dir, or delete that folder."
+                )
+
+
+def write_whole(path: Path, content: Any) -> None:
+    """Write JSON, whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} can't be read ({error}). Delete it to have it made again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object. Delete it to have it made again.")
+    return content
+
+
+def _read_result(path: Path) -> Result:
+    content = _read(path)
+    if content.keys() != {f.name for f in fields(Result)}:
+        raise ValueError(f"{path} is no result of this version. Delete it to run that arm, rate and seed again.")
+    return Result(**content)

@@ -1,0 +1,63 @@
+"""The trainer of a task, as every recipe builds it."""
+
+import os
+from typing import Any
+
+import torch
+from data import TaskData
+from evaluation import evaluation_functions
+from peft import LoraConfig
+from transformers import (
+    DataCollatorForSeq2Seq,
+    DataCollatorWithPadding,
+    PreTrainedTokenizerBase,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainingArguments,
+)
+
+from lora_ga_trainer import LoRAGAConfig, LoRAGATrainer, Seq2SeqLoRAGATrainer
+
+
+def adapt_to_cpu(args: TrainingArguments) -> None:
+    """
+    On a CPU give each process its share of the cores, and pin no memory.
+
+    `accelerate launch` sets one thread unless told more; a number of threads set for plain `python` is left alone.
+    """
+    if args.device.type != "cpu":
+        return
+    args.dataloader_pin_memory = False  # there is no device to copy to, and torch warns at every epoch
+    if torch.get_num_threads() == 1 and "ACCELERATE_MIXED_PRECISION" in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.world_size))
+
+
+def make_collator(task: str, tokenizer: PreTrainedTokenizerBase, model: Any = None) -> Any:
+    """Return what makes a batch of encoded rows; a seq2seq `model` shifts the labels of its decoder by itself."""
+    if task == "sequence-classification":
+        return DataCollatorWithPadding(tokenizer)
+    return DataCollatorForSeq2Seq(tokenizer, model)
+
+
+def make_trainer(
+    task: str,
+    model: Any,
+    args: Seq2SeqTrainingArguments,
+    data: TaskData,
+    tokenizer: PreTrainedTokenizerBase,
+    lora_ga_config: LoRAGAConfig,
+    peft_config: LoraConfig | None = None,
+) -> Trainer:
+    """Return the trainer of `task`: `model` is wrapped with `peft_config` where one is given."""
+    trainer_class = Seq2SeqLoRAGATrainer if task == "seq2seq" else LoRAGATrainer
+    return trainer_class(
+        model,
+        args,
+        train_dataset=data.train,
+        eval_dataset=data.eval,
+        processing_class=tokenizer,
+        data_collator=make_collator(task, tokenizer, model),
+        peft_config=peft_config,
+        lora_ga_config=lora_ga_config,
+        **evaluation_functions(task, tokenizer, args.predict_with_generate),
+    )
