@@ -113,34 +113,14 @@ def run_arm(task: Task, arm: Arm, rate: float, seed: int, points: int, steps: in
         task: what all runs share.
         arm, rate, seed: what is run.
         points: evaluations, evenly spread.
-        steps: instead of `task.args.max_steps`, for a trial.
+        steps: instead of `task.args.max_steps`, for a trial, which leaves nothing behind.
     """
-    steps = steps or task.args.max_steps
     folder = task.folder / "runs" / arm.slug / f"rate{rate:g}_seed{seed}"
-    args = replace(
-        task.args,
-        output_dir=str(folder),
-        learning_rate=rate,
-        seed=seed,
-        max_steps=steps,
-        eval_strategy="steps",
-        eval_steps=max(1, steps // points),
-        save_strategy=task.args.save_strategy if steps == task.args.max_steps else "no",
-        disable_tqdm=True,
-    )
-    set_seed(seed)
-    model = task.load_model()
-    peak = PeakMemory()
-    begin = time.perf_counter()
-    samples = Samples(task.data.train, task.collate, args, arm.config.num_samples)
-    model = arm.how.make(model, arm.lora, task.name, samples)
-    trainer = task.make_trainer(model, args, replace(arm.config, probe_file=_probe_file(task, arm, seed)))
-    if arm.how.after_start is not None:
-        arm.how.after_start(trainer)
-    trainer.remove_callback(PrinterCallback)  # one line a run is enough: the comparison's own
-    watch = _Stopwatch()
+    args = _arguments(task.args, folder, rate, seed, points, steps)
+    peak, watch, begin = PeakMemory(), _Stopwatch(), time.perf_counter()
+    trainer = build_trainer(task, arm, args)
     trainer.add_callback(watch)
-    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() and steps is None else None
     trainer.train(resume_from_checkpoint=checkpoint)
     evals = [log for log in trainer.state.log_history if "eval_loss" in log]
     trained, stored = count_numbers(trainer.accelerator.unwrap_model(trainer.model))
@@ -148,10 +128,7 @@ def run_arm(task: Task, arm: Arm, rate: float, seed: int, points: int, steps: in
         arm=arm.name,
         rate=rate,
         seed=seed,
-        evals=[
-            {k: v for k, v in log.items() if k == "step" or (k.startswith("eval_") and not k.endswith(_SPEED))}
-            for log in evals
-        ],
+        evals=[{name: value for name, value in log.items() if _is_reported(name)} for log in evals],
         step_seconds=statistics.median(watch.steps) if watch.steps else None,
         eval_seconds=statistics.median(log["eval_runtime"] for log in evals) if evals else None,
         start_seconds=(watch.first or time.perf_counter()) - begin,
@@ -163,9 +140,46 @@ def run_arm(task: Task, arm: Arm, rate: float, seed: int, points: int, steps: in
     if trainer.is_world_process_zero():
         shutil.rmtree(folder, ignore_errors=True)  # the run's own: a finished run needs no checkpoint
     trainer.accelerator.free_memory()
-    del trainer, model
+    del trainer
     gc.collect()
     return result
+
+
+def build_trainer(task: Task, arm: Arm, args: Seq2SeqTrainingArguments) -> Trainer:
+    """Load a fresh base, put `arm` on it and return its trainer, all with the random numbers of `args.seed`."""
+    set_seed(args.seed)
+    samples = Samples(task.data.train, task.collate, args, arm.config.num_samples)
+    model = arm.how.make(task.load_model(), arm.lora, task.name, samples)
+    trainer = task.make_trainer(model, args, replace(arm.config, probe_file=_probe_file(task, arm, args.seed)))
+    if arm.how.after_start is not None:
+        arm.how.after_start(trainer)
+    trainer.remove_callback(PrinterCallback)  # one line a run is enough: the comparison's own
+    return trainer
+
+
+def _arguments(
+    shared: Seq2SeqTrainingArguments, folder: Path, rate: float, seed: int, points: int, steps: int | None
+) -> Seq2SeqTrainingArguments:
+    """Return the arguments of one run; where checkpoints are wanted they are made at the evaluations."""
+    every = max(1, (steps or shared.max_steps) // points)
+    saves = shared.save_strategy != "no" and steps is None
+    return replace(
+        shared,
+        output_dir=str(folder),
+        learning_rate=rate,
+        seed=seed,
+        max_steps=steps or shared.max_steps,
+        eval_strategy="steps",
+        eval_steps=every,
+        save_strategy="steps" if saves else "no",
+        save_steps=every,
+        save_total_limit=1,
+        disable_tqdm=True,
+    )
+
+
+def _is_reported(name: str) -> bool:
+    return name == "step" or (name.startswith("eval_") and not name.endswith(_SPEED))
 
 
 def _probe_file(task: Task, arm: Arm, seed: int) -> str | None:

@@ -1,12 +1,13 @@
 """Starts and changes of an adapter that neither a setting of PEFT nor one of this package makes by itself."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from encoding import IGNORED
-from peft import LoraConfig, LoraGAConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
+from peft import EvaConfig, LoraConfig, LoraGAConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import nn
 from torch.utils.data import Dataset
@@ -48,8 +49,9 @@ class Samples:
 
 def start_by_eva(model: nn.Module, config: LoraConfig, samples: Samples) -> nn.Module:
     """Let PEFT read the directions of the layers' inputs, and spread the ranks by them."""
-    config.init_lora_weights = "eva"
-    adapted = get_peft_model(model, config).to(samples.args.device)
+    config.init_lora_weights, config.eva_config = "eva", EvaConfig()
+    # Left without memory until PEFT fills it in, as its documentation has it.
+    adapted = get_peft_model(model.to(samples.args.device), config, low_cpu_mem_usage=True)
     initialize_lora_eva_weights(adapted, samples.batches(), show_progress_bar=False)
     return adapted
 
@@ -68,7 +70,9 @@ def start_by_peft_lora_ga(model: nn.Module, config: LoraConfig, samples: Samples
         for batch, count in zip(batches, items, strict=True):
             (model(**batch).loss * (count / sum(items))).backward()
 
-    preprocess_loraga(model, config, run_backward)
+    with warnings.catch_warnings():  # of PEFT's own hooks, which do without the gradient of token numbers
+        warnings.filterwarnings("ignore", message="Full backward hook is firing")
+        preprocess_loraga(model, config, run_backward)
     return get_peft_model(model, config)
 
 
