@@ -6,14 +6,14 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from .inits import INITS
 
-INITS = ("lora_ga", "lora_one", "none")
+
 DIRECTIONS = ("ArB2r", "A2rBr", "ArBr", "random")
 SCALES = ("stable", "unit", "gd", "weight_svd")
 ESTIMATORS = ("sketch", "exact")
 CORRECTIONS = ("none", "lora_pro", "lora_pro_adamw")
 STATE_DTYPES = ("float32", "bfloat16")
-DEFAULT_GAMMA = {"lora_ga": 16.0, "lora_one": 128.0, "none": 16.0}
 
 
 @dataclass
@@ -31,8 +31,10 @@ class LoRAGAConfig:
     init: str = field(
         default="lora_ga",
         metadata={
-            "help": "Where the adapter starts: 'lora_ga' (arXiv 2407.05000), 'lora_one' (arXiv 2502.01235), or 'none' "
-            "(PEFT's own start; the trainer is then transformers.Trainer to the bit, unless head_warmup_steps is set)."
+            "help": "Where the adapter starts: "
+            + "".join(f"{name!r} ({init.about}), " for name, init in INITS.items())
+            + "or 'none' (PEFT's own start; the trainer is then transformers.Trainer to the bit, unless "
+            "head_warmup_steps is set)."
         },
     )
     num_samples: int = field(
@@ -137,7 +139,7 @@ class LoRAGAConfig:
 
     def __post_init__(self) -> None:
         for name, allowed in (
-            ("init", INITS),
+            ("init", (*INITS, "none")),
             ("direction", DIRECTIONS),
             ("scale", SCALES),
             ("estimator", ESTIMATORS),
@@ -154,7 +156,7 @@ class LoRAGAConfig:
             if type(value) is not int or value < least:
                 raise ValueError(f"LoRAGAConfig: {name}={value!r} must be a whole number of at least {least}.")
         if self.gamma is None:
-            self.gamma = DEFAULT_GAMMA[self.init]
+            self.gamma = INITS[self.init].default_gamma if self.init in INITS else 16.0
         for name in ("gamma", "head_warmup_learning_rate", "loraplus_lr_ratio", "riemannian_reg"):
             value = getattr(self, name)
             if value is None and name in ("loraplus_lr_ratio", "riemannian_reg"):
@@ -181,11 +183,11 @@ class LoRAGAConfig:
             raise ValueError(
                 f"LoRAGAConfig: {' and '.join(asked)} each change the same gradients or groups. Choose one of them."
             )
-        if self.riemannian_reg is not None and self.init == "lora_ga":
+        if self.riemannian_reg is not None and self.init in INITS and INITS[self.init].anchored:
             raise ValueError(
-                f"LoRAGAConfig: riemannian_reg={self.riemannian_reg} does not go with init='lora_ga', whose factors "
-                "are stored in delta form: the Gram matrices would be those of [A; A - A0], [B - B0, B0], not of A "
-                "and B. Use init='lora_one' with it, or correction='lora_pro' with 'lora_ga'."
+                f"LoRAGAConfig: riemannian_reg={self.riemannian_reg} does not go with init={self.init!r}, whose "
+                "factors are stored in delta form: the Gram matrices would be those of [A; A - A0], [B - B0, B0], not of "
+                "A and B. Use init='lora_one' with it, or correction='lora_pro' with this one."
             )
         if self.correction != "lora_pro_adamw":
             for name, default in (("lora_pro_state_dtype", "float32"), ("lora_pro_offload_state", False)):

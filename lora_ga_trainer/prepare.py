@@ -12,6 +12,7 @@ from torch import nn
 from .anchor import expand_adapter, is_anchored
 from .config import LoRAGAConfig
 from .fingerprint import fingerprint_base
+from .inits import INITS
 from .layers import AdaptedLayer, active_adapter, find_adapted_layers, is_trained, require_peft_model
 from .record import StartRecord, attach_record, record_of_model
 
@@ -63,7 +64,7 @@ def prepare_adapter(model: nn.Module, config: LoRAGAConfig, optimizer: torch.opt
         _require_same_start(adapter, record, config)
         return
     _require_plain_start(adapter, peft_config, layers)
-    if optimizer is not None and config.init == "lora_ga":
+    if optimizer is not None and INITS[config.init].anchored:
         raise ValueError(
             "An optimizer exists already; it would keep training parameters that an anchored adapter replaces. Pass "
             "`optimizer_cls_and_kwargs=` instead of `optimizers=`, or make the trainer before the optimizer."
@@ -71,7 +72,7 @@ def prepare_adapter(model: nn.Module, config: LoRAGAConfig, optimizer: torch.opt
     record = StartRecord(
         init=config.init,
         rank=peft_config.r,
-        anchored=config.init == "lora_ga",
+        anchored=INITS[config.init].anchored,
         base=fingerprint_base(model, layers),
     )
     model.peft_config[adapter] = attach_record(peft_config, record)

@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers.utils import cached_file
 
+from .inits import INITS
 from .layers import active_adapter
 
 
@@ -26,7 +27,7 @@ class StartRecord:
     The start of one adapter.
 
     Args:
-        init: `"lora_ga"` or `"lora_one"`.
+        init: its name in `INITS`.
         rank: rank r of the factors that learn; an anchored adapter stores 2r.
         anchored: whether the stored factors are in delta form (see `lora_ga_trainer.anchor`).
         base: fingerprint of the base model that the start was computed on.
@@ -124,9 +125,9 @@ def _parse_record(path: Path) -> StartRecord:
             raise ValueError(f"{problem}: {key}={content[key]!r} is not of type {kind.__name__}. {way_out}")
     if content.pop("format") != _FORMAT:
         raise ValueError(f"{problem}: its format is not {_FORMAT}. Use the release of lora_ga_trainer that wrote it.")
-    if content["init"] not in ("lora_ga", "lora_one") or content["rank"] < 1:
+    if content["init"] not in INITS or content["rank"] < 1:
         raise ValueError(f"{problem}: init={content['init']!r}, rank={content['rank']!r} are impossible. {way_out}")
-    if content["anchored"] != (content["init"] == "lora_ga"):
+    if content["anchored"] != INITS[content["init"]].anchored:
         raise ValueError(
             f"{problem}: anchored={content['anchored']!r} contradicts init={content['init']!r}. {way_out}"
         )

@@ -87,7 +87,7 @@ class GradientReport:
     The initialisation of one adapter.
 
     Args:
-        init: `"lora_ga"` or `"lora_one"`.
+        init: its name, such as `"lora_ga"`.
         samples, items, tokens: used by the probe, over all processes; items are what the loss is a mean over.
         seconds: wall time of the probe, the factors and the write.
         probe_seconds: of these, the probe's.

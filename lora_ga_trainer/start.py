@@ -19,11 +19,11 @@ from .collectives import gather_integers, mean_over_processes, share_from_owners
 from .config import LoRAGAConfig
 from .engines import is_sharded, probed_module, write_parameters
 from .experts import join_A, join_B
-from .factors import lora_ga_factors, lora_one_factors, random_rows
+from .factors import random_rows
+from .inits import INITS, Place
 from .layers import AdaptedLayer, require_peft_model
 from .probe import GradientEstimate, estimate_gradients
 from .probe_file import load_estimate, save_estimate
-from .recovery import TopSVD
 from .report import (
     INITIALISED,
     OVERLAPPING,
@@ -62,7 +62,7 @@ def start_adapter(
     Args:
         trainer: a trainer inside `on_train_begin`.
         config: how to start.
-        layers: the adapted layers, anchored already for `init="lora_ga"`.
+        layers: the adapted layers, anchored already for an init that is.
         probe_dataset: see [`estimate_gradients`].
     """
     begin = time.perf_counter()
@@ -213,32 +213,13 @@ def _start_matrix(
         return None, report
     if r > m:
         report.action = PADDED
-    elif 2 * r > m and config.init == "lora_ga":
+    elif INITS[config.init].pairs * r > m:
         report.action = OVERLAPPING
-    factors = _factors(layer, r, top, index, config, weight)
+    values = None if weight is None else torch.linalg.svdvals(weight.to(top.S.device, torch.float32))
+    place = Place(r, layer.s, _generator(index, config), values)
+    factors = INITS[config.init].factors(top, place, config)
     report.scale = torch.linalg.vector_norm(factors[1], dim=1).max().item()
     return factors, report
-
-
-def _factors(
-    layer: AdaptedLayer, r: int, top: TopSVD, index: int, config: LoRAGAConfig, weight: Tensor | None
-) -> Factors:
-    generator = _generator(index, config)
-    if config.init == "lora_one":
-        return lora_one_factors(top.U, top.S, top.Vt, r, gamma=config.gamma, generator=generator)
-    weight_values = None if weight is None else torch.linalg.svdvals(weight.to(top.S.device, torch.float32))
-    return lora_ga_factors(
-        top.U,
-        top.S,
-        top.Vt,
-        r,
-        gamma=config.gamma,
-        direction=config.direction,
-        scale=config.scale,
-        s=layer.s,
-        weight_singular_values=weight_values,
-        generator=generator,
-    )
 
 
 @torch.no_grad()
