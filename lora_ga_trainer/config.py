@@ -186,8 +186,8 @@ class LoRAGAConfig:
         if self.riemannian_reg is not None and self.init in INITS and INITS[self.init].anchored:
             raise ValueError(
                 f"LoRAGAConfig: riemannian_reg={self.riemannian_reg} does not go with init={self.init!r}, whose "
-                "factors are stored in delta form: the Gram matrices would be those of [A; A - A0], [B - B0, B0], not of "
-                "A and B. Use init='lora_one' with it, or correction='lora_pro' with this one."
+                "factors are stored in delta form: the Gram matrices would be those of [A; A - A0], [B - B0, B0], not "
+                "of A and B. Use init='lora_one' with it, or correction='lora_pro' with this one."
             )
         if self.correction != "lora_pro_adamw":
             for name, default in (("lora_pro_state_dtype", "float32"), ("lora_pro_offload_state", False)):
