@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +22,7 @@ from transformers import PreTrainedTokenizerFast, Seq2SeqTrainingArguments
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
 
 import compare
+import comparison.scheduler as scheduler
 from arguments import LoraArguments, parse
 from comparison.arms import parse_arms
 from comparison.outcome import Row, draw, reference_loss, shown_metric, to_json, to_table
@@ -47,6 +50,7 @@ def result(
         "peak_bytes": 2**30,
         "trained": 1000,
         "stored": 2000,
+        "environment": {"commit": "0123456789ab"},
     }
     return Result(arm=arm, rate=rate, seed=seed, evals=evals, **(figures | changes))
 
@@ -102,7 +106,7 @@ def test_the_table_names_winners_those_without_and_those_that_failed():
 
 def test_the_json_is_plain_json_whatever_diverged(tmp_path):
     rows = [Row("full", Verdict((), None, "failed"), {1e-3: math.nan, 1e-2: math.inf}, [])]
-    text = json.dumps(to_json(rows, "eval_loss", {"seed": 0}), allow_nan=False)
+    text = json.dumps(to_json(rows, "eval_loss", {"max_steps": 4}), allow_nan=False)
     assert json.loads(text)["arms"][0]["swept"] == {"0.001": "nan", "0.01": "inf"}
     draw([*rows, Row("lora", Verdict((), 1e-3), {1e-3: 0.4}, [result()])], tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -229,7 +233,7 @@ def command(tmp_path: Path) -> list[str]:
 def call(monkeypatch: pytest.MonkeyPatch, command: list[str]) -> list[tuple[str, float, int]]:
     """Run the program and return the runs that it made."""
     made = []
-    run_arm = compare.run_arm
+    run_arm = scheduler.run_arm
 
     def noted(task, arm, rate, seed, points, steps=None):
         result = run_arm(task, arm, rate, seed, points, steps)
@@ -239,7 +243,7 @@ def call(monkeypatch: pytest.MonkeyPatch, command: list[str]) -> list[tuple[str,
 
     with monkeypatch.context() as patch:
         patch.setattr(sys, "argv", ["compare.py", *command])
-        patch.setattr(compare, "run_arm", noted)
+        patch.setattr(scheduler, "run_arm", noted)
         compare.main()
     return made
 
@@ -282,11 +286,36 @@ def test_the_program_compares_continues_and_reports(tmp_path, command, monkeypat
         call(monkeypatch, [*command, "--lora_r", "4"])
 
 
+@pytest.mark.slow
+def test_two_processes_compare_as_one(tmp_path, command):
+    """Both decide alike, one writes; each micro-batch is half as large, so that runs see the same examples."""
+    launch = [
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(RECIPES / "accelerate" / "two_cpu_processes.yaml"),
+    ]
+    halves = ["--per_device_train_batch_size", "2", "--seeds", "0", "--max_extensions", "0"]
+    finished = subprocess.run(
+        [sys.executable, *launch, str(RECIPES / "compare.py"), *command, *halves],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        env={**os.environ, "PYTHONPATH": str(RECIPES.parent)},
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    found = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert finished.stdout.count("2 arms x (2 rates + 0 further seeds) = 4 runs") == 1
+    assert [len(row["swept"]) for row in found["arms"]] == [2, 2]
+    assert len(list((tmp_path / "out" / "results").glob("*/*.json"))) == 4
+    assert found["settings"]["world_size"] == 2
+
+
 def test_a_metric_that_results_do_not_have_is_named():
     """In a new run the Trainer says so; here the results were made before."""
     asked = SimpleNamespace(metric="eval_bleu", sign=-1.0)
     with pytest.raises(ValueError, match="no 'eval_bleu' among eval_loss, eval_accuracy"):
-        compare.Comparison.score(asked, result())
+        scheduler.Comparison.score(asked, result())
 
 
 def test_held_out_rows_are_needed(command, monkeypatch):

@@ -137,10 +137,10 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def to_json(rows: Sequence[Row], metric: str, about: dict[str, Any]) -> dict[str, Any]:
+def to_json(rows: Sequence[Row], metric: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Return everything that was found as plain values; what is not finite becomes a word."""
     return {
-        **about,
+        "settings": settings,
         "metric": metric,
         "arms": [
             {

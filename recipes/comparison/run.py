@@ -19,6 +19,7 @@ from transformers import PrinterCallback, Seq2SeqTrainingArguments, Trainer, Tra
 from transformers.trainer_utils import get_last_checkpoint
 
 from comparison.arms import Arm
+from comparison.environment import environment
 from comparison.memory import PeakMemory
 from comparison.starts import Samples
 from lora_ga_trainer.anchor import anchored_parameter_names
@@ -67,6 +68,7 @@ class Result:
             does not say.
         trained: numbers that learn.
         stored: numbers in the saved adapter, or in the model for full fine-tuning.
+        environment: what it was measured on.
     """
 
     arm: str
@@ -79,6 +81,7 @@ class Result:
     peak_bytes: int | None
     trained: int
     stored: int
+    environment: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -135,6 +138,7 @@ def run_arm(task: Task, arm: Arm, rate: float, seed: int, points: int, steps: in
         peak_bytes=peak.bytes(),
         trained=trained,
         stored=stored,
+        environment=environment(),
     )
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():

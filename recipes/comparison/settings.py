@@ -1,8 +1,12 @@
 """What a comparison can be told beside what a recipe can, and what it does not leave to the user."""
 
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from typing import Any
 
+from arguments import DataArguments, LoraArguments, ModelArguments
 from transformers import Seq2SeqTrainingArguments
+
+from lora_ga_trainer import LoRAGAConfig
 
 
 # Arguments of the Trainer that the comparison sets, each with what to use instead.
@@ -16,6 +20,29 @@ OWNED = {
     "push_to_hub": "no run is meant to be kept",
     "resume_from_checkpoint": "a comparison continues by itself in its output_dir",
 }
+
+
+# Training arguments that change what a run gives; the others may differ when a comparison goes on.
+TRAINING = (
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "optim",
+    "optim_args",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "label_smoothing_factor",
+    "bf16",
+    "fp16",
+    "data_seed",
+    "world_size",
+)
 
 
 @dataclass
@@ -74,3 +101,22 @@ def metric_of(args: Seq2SeqTrainingArguments) -> tuple[str, float]:
     name = name if name.startswith("eval_") else f"eval_{name}"
     greater = args.greater_is_better if args.greater_is_better is not None else not name.endswith("loss")
     return name, -1.0 if greater else 1.0
+
+
+def settings_of(
+    model: ModelArguments,
+    data: DataArguments,
+    lora: LoraArguments,
+    config: LoRAGAConfig,
+    args: Seq2SeqTrainingArguments,
+    compare: CompareArguments,
+) -> dict[str, Any]:
+    """Return all that changes what a run gives, under the names of the command line."""
+    return {
+        **asdict(model),
+        **asdict(data),
+        **asdict(lora),
+        **config.to_dict(),
+        **{name: getattr(args, name) for name in TRAINING},
+        "eval_points": compare.eval_points,
+    }
