@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -176,12 +177,9 @@ class GradientReport:
             from matplotlib.figure import Figure
         except ImportError as error:
             raise ImportError("GradientReport.plot draws with matplotlib: pip install matplotlib.") from error
-        kinds: dict[str, list[LayerReport]] = {}
-        for layer in self.layers:
-            kinds.setdefault(layer.name.rsplit(".", 1)[-1], []).append(layer)
         figure = Figure(figsize=(9, 4.5), layout="constrained")
         axes = figure.subplots()
-        for i, (kind, layers) in enumerate(kinds.items()):
+        for i, (kind, layers) in enumerate(_by_kind(self.layers).items()):
             depth, colour = range(len(layers)), f"C{i % 10}"
             axes.plot(depth, [layer.energy_share_2r for layer in layers], "-o", ms=3, color=colour, label=kind)
             axes.plot(depth, [layer.energy_share_r for layer in layers], ":", color=colour)
@@ -193,6 +191,21 @@ class GradientReport:
         )
         axes.legend(fontsize="small", ncols=2)
         figure.savefig(path, dpi=120)
+
+
+def _by_kind(layers: Sequence[LayerReport]) -> dict[str, list[LayerReport]]:
+    """
+    Group the layers whose names differ in their numbers only, under what tells the groups apart.
+
+    The last word of a name is not enough: BERT calls four kinds of its layers `dense`.
+    """
+    words = [[word for word in layer.name.split(".") if not word.isdigit()] for layer in layers]
+    columns = zip(*(name[:-1] for name in words), strict=False)
+    shared = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+    kinds: dict[str, list[LayerReport]] = {}
+    for name, layer in zip(words, layers, strict=True):
+        kinds.setdefault(".".join(name[shared:]), []).append(layer)
+    return kinds
 
 
 def _mean(values: list[float]) -> float | None:

@@ -7,10 +7,12 @@ import math
 import pytest
 import tiny
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from lora_ga_trainer import LoRAGAConfig, LoRAGATrainer
 from lora_ga_trainer.callback import REPORT_NAME
+from lora_ga_trainer.layers import find_adapted_layers
 from lora_ga_trainer.report import INITIALISED, UNREACHED, GradientReport, LayerReport
 
 
@@ -121,6 +123,54 @@ def test_plot_draws_a_picture_that_shows_the_data(tmp_path):
     with Image.open(tmp_path / "a.png") as first, Image.open(tmp_path / "b.png") as second:
         assert first.format == second.format == "PNG"
         assert first.tobytes() != second.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("model", "kinds"),
+    [
+        (
+            tiny.bert(),
+            {
+                "encoder.layer.attention.self.query": 2,
+                "encoder.layer.attention.self.key": 2,
+                "encoder.layer.attention.self.value": 2,
+                "encoder.layer.attention.output.dense": 2,
+                "encoder.layer.intermediate.dense": 2,
+                "encoder.layer.output.dense": 2,
+                "pooler.dense": 1,
+            },
+        ),
+        (
+            tiny.llama(num_hidden_layers=3),
+            {
+                "self_attn.q_proj": 3,
+                "self_attn.k_proj": 3,
+                "self_attn.v_proj": 3,
+                "self_attn.o_proj": 3,
+                "mlp.gate_proj": 3,
+                "mlp.up_proj": 3,
+                "mlp.down_proj": 3,
+            },
+        ),
+    ],
+    ids=["bert", "llama"],
+)
+def test_a_line_of_the_plot_is_one_kind_of_layer_at_all_depths(tmp_path, monkeypatch, model, kinds):
+    settings = {"task_type": "SEQ_CLS"} if "pooler.dense" in kinds else {}
+    layers = [layer(found.name) for found in find_adapted_layers(tiny.with_lora(model, **settings))]
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: drawn.append(figure))
+    report(layers=layers).plot(tmp_path / "a.png")
+    solid = [line for line in drawn[0].axes[0].lines if not line.get_label().startswith("_")]
+    assert {line.get_label(): len(line.get_xdata()) for line in solid} == kinds
+
+
+def test_a_plot_of_one_kind_is_named_by_its_last_word(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: drawn.append(figure))
+    report(layers=[layer("h.0.attn.q"), layer("h.1.attn.q")]).plot(tmp_path / "a.png")
+    (label,) = (text.get_text() for text in drawn[0].axes[0].get_legend().get_texts())
+    assert label == "q"
 
 
 def test_a_run_publishes_what_it_did(tmp_path, caplog):
