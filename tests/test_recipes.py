@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import sys
 from pathlib import Path
@@ -220,7 +221,11 @@ def write_rows(folder: Path, suffix: str) -> str:
 
 @pytest.mark.parametrize("suffix", reading.SUFFIXES)
 def test_every_format_reads_to_the_same_rows(tmp_path, suffix):
-    assert reading.read_local(write_rows(tmp_path, suffix)).to_list() == ROWS
+    path = write_rows(tmp_path, suffix)
+    assert reading.read_local(path).to_list() == ROWS
+    with gzip.open(f"{path}.gz", "wb") as file:
+        file.write(Path(path).read_bytes())
+    assert reading.read_local(f"{path}.gz").to_list() == ROWS
 
 
 def test_a_tsv_without_a_header_takes_its_column_names(tmp_path):
