@@ -228,3 +228,27 @@ def test_a_recipe_runs_from_its_rows_to_its_figures(name, bases, tmp_path, monke
     assert (adapter / "lora_ga_report.json").exists() == (not name.startswith("lora_pro"))
     evaluate_recipe(name, tmp_path)
     assert str(adapter) in capsys.readouterr().out
+
+
+# What the heads of the files propose on the command line.
+PROPOSED = {
+    "lora_one_t5_cola": ("lora_ga_t5_mnli", ["--init", "lora_one", "--gamma", "128"]),
+    "lora_pro_t5_cola": (
+        "lora_ga_t5_mnli",
+        ["--init", "none", "--correction", "lora_pro_adamw", "--use_rslora", "false"],
+    ),
+    "lora_pro_llama2_gsm8k": (
+        "lora_pro_llama2_gsm8k",
+        ["--correction", "lora_pro", "--use_rslora", "true", "--lora_dropout", "0.1"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PROPOSED)
+def test_what_a_head_proposes_runs(name, bases, tmp_path, monkeypatch):
+    over, words = PROPOSED[name]
+    assert " ".join(words) in " ".join(opening(name).replace("#", " ").split())
+    monkeypatch.setattr(finetune, "use_all_cores", lambda args: None)
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *overrides(over, bases, tmp_path), *words, "--num_samples", "3"])
+    finetune.main()
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
