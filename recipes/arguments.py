@@ -1,8 +1,9 @@
 """What the command line and a YAML file can say. The command line wins."""
 
+import re
 import sys
 from argparse import ArgumentParser
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -41,6 +42,13 @@ class ModelArguments:
     )
 
 
+PAIRS = {
+    "keep_matching": "column=expression",
+    "drop_matching": "column=expression",
+    "label_words": "value=word",
+}
+
+
 @dataclass
 class DataArguments:
     """Say which rows are trained on, which are held out, and how a row becomes tokens."""
@@ -70,9 +78,21 @@ class DataArguments:
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on at most so many rows."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on at most so many rows."})
+    keep_matching: list[str] | None = field(
+        default=None,
+        metadata={"help": "Keep only rows in which each regular expression is found, as column=expression."},
+    )
+    drop_matching: list[str] | None = field(
+        default=None,
+        metadata={"help": "Leave out rows in which any regular expression is found, as column=expression."},
+    )
     max_length: int = field(
         default=512,
         metadata={"help": "Tokens a row may have (seq2seq: on either side). A prompt is cut before its completion."},
+    )
+    drop_too_long: bool = field(
+        default=False,
+        metadata={"help": "Leave out rows of more than max_length tokens, before rows are counted, and cut none."},
     )
     prompt_field: str = field(default="prompt", metadata={"help": "Column with the prompt."})
     completion_field: str = field(default="completion", metadata={"help": "Column with what should follow it."})
@@ -83,6 +103,17 @@ class DataArguments:
     completion_template: str = field(
         default="{completion}",
         metadata={"help": "What the model learns to write: {completion} and any column's name are filled in."},
+    )
+    completion_pattern: str | None = field(
+        default=None,
+        metadata={"help": "A regular expression: of completion_field only its first match is learned."},
+    )
+    label_words: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "What to write for each value of completion_field, as value=word: 0=negative 1=positive. A value "
+            "that is neither one of these nor one of the words is an error."
+        },
     )
     text_field: str = field(default="text", metadata={"help": "Column with the text to classify."})
     text_pair_field: str | None = field(
@@ -103,6 +134,16 @@ class DataArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1.")
+        for name in ("keep_matching", "drop_matching", "label_words"):
+            for pair in getattr(self, name) or []:
+                if "=" not in pair:
+                    raise ValueError(f"{name}: {pair!r} has no '='. Write {PAIRS[name]}.")
+        patterns = [pair.partition("=")[2] for pair in [*(self.keep_matching or []), *(self.drop_matching or [])]]
+        for pattern in [*patterns, *([] if self.completion_pattern is None else [self.completion_pattern])]:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is no regular expression of Python's: {error}.") from error
 
 
 @dataclass
@@ -135,6 +176,13 @@ def make_parser(extra: Sequence[type] = ()) -> HfArgumentParser:
     return parser
 
 
+# A source of rows on the command line puts away the other kind, which the YAML file names.
+PUTS_AWAY = {
+    "--train_file": ("dataset_name", "dataset_config", "train_split", "eval_split"),
+    "--dataset_name": ("train_file", "eval_file", "column_names"),
+}
+
+
 def parse(argv: list[str] | None = None, extra: Sequence[type] = ()) -> Arguments:
     """
     Read the command line, over the YAML file that `--config` names, over the defaults.
@@ -152,13 +200,36 @@ def parse(argv: list[str] | None = None, extra: Sequence[type] = ()) -> Argument
         `ValueError`: if the file or the command line holds a key that no class knows, naming the nearest that one
             does, or a value that is not allowed.
     """
+    return parse_into(make_parser(extra), argv)
+
+
+def parse_into(
+    parser: HfArgumentParser,
+    argv: list[str] | None = None,
+    taken: Collection[str] | None = None,
+) -> tuple[Any, ...]:
+    """
+    Read the command line, over the YAML file that `--config` names, into the classes of `parser`.
+
+    Args:
+        parser (`HfArgumentParser`): with an argument `--config`.
+        argv (`list[str]`, *optional*): the command line without the program's name; the program's own by default.
+        taken (`Collection[str]`, *optional*):
+            The keys to take from the file; other keys of `finetune.py` are passed over. All of them by default.
+
+    Returns:
+        One instance of each class.
+    """
     argv = sys.argv[1:] if argv is None else argv
-    parser = make_parser(extra)
     first_look = ArgumentParser(add_help=False, allow_abbrev=False)
     first_look.add_argument("--config")
     config = first_look.parse_known_args(argv)[0].config
     if config is not None:
-        replace_defaults(parser, config)
+        given = {word.partition("=")[0] for word in argv}
+        passed_over = {key for option in given & PUTS_AWAY.keys() for key in PUTS_AWAY[option]}
+        if taken is not None:
+            passed_over |= {action.dest for action in make_parser()._actions if action.dest not in taken}
+        replace_defaults(parser, config, passed_over)
     *arguments, _, unknown = parser.parse_args_into_dataclasses(
         argv, look_for_args_file=False, return_remaining_strings=True
     )

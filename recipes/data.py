@@ -1,10 +1,11 @@
 """From arguments to what the trainer takes: read, hold out, encode."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from arguments import DataArguments
 from datasets import Dataset
 from encoding import encode, text_of
+from filtering import filter_rows
 from package_paths import resolve_reference
 from reading import read_hub, read_local
 from transformers import PreTrainedTokenizerBase
@@ -26,10 +27,13 @@ def load_data(args: DataArguments, task: str, tokenizer: PreTrainedTokenizerBase
     """Read the rows that `args` name, hold some out and encode them for `task`."""
     train, held_out = read_rows(args, task)
     class_names = find_class_names(train, args.label_field) if task == CLASSIFICATION else None
-    train, held_out = split_rows(train, held_out, args)
+    unlimited = replace(args, max_train_samples=None, max_eval_samples=None)
+    train, held_out = split_rows(train, held_out, unlimited if args.drop_too_long else args)
     train = encode(train, args, task, tokenizer, class_names)
     if held_out is not None:
         held_out = encode(held_out, args, task, tokenizer, class_names)
+    if args.drop_too_long:  # rows are counted once it is known which stay
+        train, held_out = limit_rows(train, held_out, args)
     return TaskData(train, held_out, class_names)
 
 
@@ -44,6 +48,22 @@ def read_rows(args: DataArguments, task: str) -> tuple[Dataset, Dataset | None]:
     return train, _read(args, args.eval_file, args.eval_split, used)
 
 
+def read_held_out(args: DataArguments, task: str) -> Dataset:
+    """
+    Return the rows that a training run with these arguments holds out, without reading more than it takes.
+
+    Raises:
+        `ValueError`: if it holds out none.
+    """
+    if args.eval_file is not None or args.eval_split is not None:
+        held_out = _read(args, args.eval_file, args.eval_split, _used_columns(args, task))
+        return _at_most(held_out, args.max_eval_samples, args.split_seed)
+    held_out = split_rows(*read_rows(args, task), args)[1]
+    if held_out is None:
+        raise ValueError("no rows are held out: eval_fraction=0 and no eval_file or eval_split. Give one of them.")
+    return held_out
+
+
 def split_rows(train: Dataset, held_out: Dataset | None, args: DataArguments) -> tuple[Dataset, Dataset | None]:
     """
     Hold `eval_fraction` of the rows out where none are held out yet, then cut both parts to their limits.
@@ -53,6 +73,11 @@ def split_rows(train: Dataset, held_out: Dataset | None, args: DataArguments) ->
     if held_out is None and args.eval_fraction > 0:
         halves = train.train_test_split(test_size=args.eval_fraction, seed=args.split_seed)
         train, held_out = halves["train"], halves["test"]
+    return limit_rows(train, held_out, args)
+
+
+def limit_rows(train: Dataset, held_out: Dataset | None, args: DataArguments) -> tuple[Dataset, Dataset | None]:
+    """Cut both parts to `max_train_samples` and `max_eval_samples`, which rows stay depends on `split_seed`."""
     if held_out is not None:
         held_out = _at_most(held_out, args.max_eval_samples, args.split_seed)
     return _at_most(train, args.max_train_samples, args.split_seed), held_out
@@ -95,7 +120,7 @@ def _read(args: DataArguments, file: str | None, split: str | None, used: list[s
             f"{file or args.dataset_name}: no column {missing[0]!r}; it has {', '.join(rows.column_names)}. "
             "Set text_field and label_field, or prompt_field and completion_field."
         )
-    return rows
+    return filter_rows(rows, args, file or args.dataset_name)
 
 
 def _at_most(rows: Dataset, limit: int | None, seed: int) -> Dataset:

@@ -27,6 +27,8 @@ def main() -> None:
     tokenizer = load_tokenizer(model_args)
     with training_args.main_process_first(desc="reading the data"):
         data = load_data(data_args, task, tokenizer)
+    if training_args.process_index == 0:
+        print(f"training on {len(data.train)} rows, {0 if data.eval is None else len(data.eval)} held out")
 
     # Model
     model = load_model(model_args, tokenizer, data.class_names)

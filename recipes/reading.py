@@ -2,6 +2,7 @@
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import pandas
 from datasets import ClassLabel, Dataset, load_dataset
@@ -17,7 +18,7 @@ def read_local(path: str, column_names: list[str] | None = None) -> Dataset:
 
     Args:
         path (`str`):
-            A `.json` (a list of objects), `.jsonl`, `.csv` or `.tsv` file, or a folder.
+            A `.json` (a list of objects), `.jsonl`, `.csv` or `.tsv` file, or either with `.gz`, or a folder.
         column_names (`list[str]`, *optional*):
             The columns of a `.csv` or `.tsv` file without a header line.
 
@@ -33,11 +34,12 @@ def read_local(path: str, column_names: list[str] | None = None) -> Dataset:
         raise FileNotFoundError(f"{path}: no such file or folder. A hub data set goes into dataset_name.")
     if place.is_dir():
         return _read_class_folders(place)
-    if place.suffix not in SUFFIXES:
-        raise ValueError(f"{path}: {place.suffix!r} is no known format. Use {', '.join(SUFFIXES)} or a folder.")
-    if place.suffix in (".json", ".jsonl"):
+    suffix = Path(path.removesuffix(".gz")).suffix
+    if suffix not in SUFFIXES:
+        raise ValueError(f"{path}: {suffix!r} is no known format. Use {', '.join(SUFFIXES)} or a folder.")
+    if suffix in (".json", ".jsonl"):
         return load_dataset("json", data_files=path, split="train")
-    return _read_table(place, column_names)
+    return _read_table(place, column_names, UNQUOTED_TABS if suffix == ".tsv" else {})
 
 
 def read_hub(name: str, config: str | None, split: str, label_field: str) -> Dataset:
@@ -50,8 +52,7 @@ def read_hub(name: str, config: str | None, split: str, label_field: str) -> Dat
     return rows
 
 
-def _read_table(file: Path, column_names: list[str] | None) -> Dataset:
-    options = UNQUOTED_TABS if file.suffix == ".tsv" else {}
+def _read_table(file: Path, column_names: list[str] | None, options: dict[str, Any]) -> Dataset:
     # All of it as text, which `datasets`' own reader can't be asked for: "007" and "NA" stay what they are.
     table = pandas.read_csv(file, names=column_names, dtype=str, keep_default_na=False, **options)
     return Dataset.from_pandas(table, preserve_index=False)

@@ -2,6 +2,7 @@
 
 import json
 from argparse import Action, ArgumentParser, ArgumentTypeError
+from collections.abc import Collection
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import yaml
 
 
-def replace_defaults(parser: ArgumentParser, path: str) -> None:
+def replace_defaults(parser: ArgumentParser, path: str, passed_over: Collection[str] = ()) -> None:
     """
     Make the values of a YAML file the defaults of `parser`.
 
@@ -18,6 +19,8 @@ def replace_defaults(parser: ArgumentParser, path: str) -> None:
             Its arguments are the keys that the file may hold.
         path (`str`):
             A YAML file with one mapping of argument names to values. A mapping as a value is handed on as JSON.
+        passed_over (`Collection[str]`, *optional*):
+            Keys that the file may hold and that change nothing here.
 
     Raises:
         `ValueError`: if a key is unknown or stands there twice, or a value is not one the command line would take.
@@ -25,6 +28,8 @@ def replace_defaults(parser: ArgumentParser, path: str) -> None:
     # The first of a name: the `--no_x` that transformers adds behind `--x` takes no value.
     actions = {action.dest: action for action in reversed(parser._actions)}
     for key, value in _read_mapping(path).items():
+        if key in passed_over and key not in ("config", "help"):
+            continue
         if key not in actions or key in ("config", "help"):
             raise ValueError(f"{path}: {key!r} is not an argument.{nearest_argument(str(key), parser)}")
         action = actions[key]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import sys
 from pathlib import Path
@@ -26,8 +27,9 @@ import data as recipe_data
 import finetune
 import reading
 from arguments import DataArguments, ModelArguments, make_parser, parse
-from encoding import IGNORED, encode, encode_completion
+from encoding import IGNORED, drop_too_long, encode, encode_completion
 from evaluation import decode, evaluation_functions, load_metric
+from filtering import completion_of
 from models import load_model, load_tokenizer
 from package_paths import resolve_reference
 
@@ -150,11 +152,32 @@ def test_one_source_of_rows_is_needed():
         ("eval_fraction", 1.0, "eval_fraction=1.0 must be at least 0 and less than 1"),
         ("max_length", 0, "max_length=0 must be at least 1"),
         ("max_eval_samples", 0, "max_eval_samples=0 must be at least 1"),
+        ("keep_matching", ["type"], "keep_matching: 'type' has no '='. Write column=expression"),
+        ("drop_matching", ["a=("], r"'\(' is no regular expression of Python's: missing \)"),
+        ("completion_pattern", "*", r"'\*' is no regular expression"),
+        ("label_words", ["0"], "label_words: '0' has no '='. Write value=word"),
     ],
 )
 def test_impossible_values_are_named(name, value, message):
     with pytest.raises(ValueError, match=message):
         data_arguments(**{name: value})
+
+
+def test_rows_named_on_the_command_line_put_away_the_yaml_files_other_kind(write_yaml):
+    hub = write_yaml("model_name_or_path: m\ndataset_name: hub\ndataset_config: c\neval_split: test\n")
+    data = parse(["--config", hub, "--train_file", "rows.jsonl"])[1]
+    assert (data.train_file, data.dataset_name, data.dataset_config, data.eval_split) == (
+        "rows.jsonl",
+        None,
+        None,
+        None,
+    )
+    assert parse(["--config", hub, "--eval_split", "other"])[1].eval_split == "other"
+    file = write_yaml("model_name_or_path: m\ntrain_file: rows.csv\neval_file: more.csv\ncolumn_names: [a, b]\n")
+    data = parse(["--config", file, "--dataset_name=hub"])[1]
+    assert (data.train_file, data.dataset_name, data.eval_file, data.column_names) == (None, "hub", None, None)
+    with pytest.raises(ValueError, match="give exactly one of the two"):
+        parse(["--config", hub, "--train_file", "rows.jsonl", "--dataset_name", "hub"])
 
 
 def test_help_lists_every_class_of_arguments():
@@ -201,7 +224,11 @@ def write_rows(folder: Path, suffix: str) -> str:
 
 @pytest.mark.parametrize("suffix", reading.SUFFIXES)
 def test_every_format_reads_to_the_same_rows(tmp_path, suffix):
-    assert reading.read_local(write_rows(tmp_path, suffix)).to_list() == ROWS
+    path = write_rows(tmp_path, suffix)
+    assert reading.read_local(path).to_list() == ROWS
+    with gzip.open(f"{path}.gz", "wb") as file:
+        file.write(Path(path).read_bytes())
+    assert reading.read_local(f"{path}.gz").to_list() == ROWS
 
 
 def test_a_tsv_without_a_header_takes_its_column_names(tmp_path):
@@ -257,6 +284,27 @@ def test_a_missing_column_is_named(tmp_path):
     args = data_arguments(train_file=write_jsonl(tmp_path / "rows.jsonl", ROWS), prompt_field="question")
     with pytest.raises(ValueError, match="no column 'question'; it has prompt, completion"):
         recipe_data.read_rows(args, "causal-lm")
+
+
+def test_rows_are_kept_and_dropped_by_what_is_in_them(tmp_path):
+    rows = [
+        {"prompt": str(n), "completion": "c", "kind": kind} for n, kind in enumerate(["ab", "b", "a", "xab", None])
+    ]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+
+    def kept(**changes: Any) -> str:
+        args = data_arguments(train_file=path, **changes)
+        return "".join(recipe_data.read_rows(args, "causal-lm")[0]["prompt"])
+
+    assert kept() == "01234"
+    assert kept(keep_matching=["kind=a"]) == "023"
+    assert kept(keep_matching=["kind=a", "kind=b$"]) == "03"
+    assert kept(drop_matching=["kind=^a", "prompt=4"]) == "13"
+    assert kept(keep_matching=["kind=a=*b"], drop_matching=["kind=(?i)^X"]) == "0"  # the first = parts the two
+    with pytest.raises(ValueError, match=r"rows\.jsonl: none of 5 rows is left by keep_matching=\['kind=z'\]"):
+        kept(keep_matching=["kind=z"])
+    with pytest.raises(ValueError, match="no column 'type' to match; it has prompt, completion, kind"):
+        kept(drop_matching=["type=z"])
 
 
 # --- split ---------------------------------------------------------------------------------------------------------
@@ -357,6 +405,44 @@ def test_templates_fill_in_the_named_fields(tokenizer):
         ValueError, match=r"prompt_template='\{nothing\}' cannot be filled in \(KeyError\('nothing'\)\)"
     ):
         encode(rows, data_arguments(**(vars(args) | {"prompt_template": "{nothing}"})), "causal-lm", tokenizer, None)
+
+
+def test_what_is_learned_of_a_completion_can_be_a_part_of_it_or_a_word_for_it():
+    assert completion_of("a b\nend: c", data_arguments(completion_pattern=r"(?s)\A.*?(?=\nend:|\Z)")) == "a b"
+    assert completion_of("a b", data_arguments(completion_pattern=r"(?s)\A.*?(?=\nend:|\Z)")) == "a b"
+    words = data_arguments(completion_field="label", label_words=["0=no", "1=yes", "true=yes"])
+    assert [completion_of(value, words) for value in ("0", "1", "true", "yes")] == ["no", "yes", "yes", "yes"]
+    with pytest.raises(ValueError, match=r"label: '2' has no word in label_words=.*Add 2=its word"):
+        completion_of("2", words)
+    with pytest.raises(ValueError, match=r"completion_pattern='z' is not found in 'a b'"):
+        completion_of("a b", data_arguments(completion_pattern="z"))
+
+
+@pytest.mark.parametrize("task", ["causal-lm", "seq2seq", "sequence-classification"])
+def test_rows_that_are_too_long_are_left_out_before_rows_are_counted(tokenizer, tmp_path, task):
+    rows = [{"prompt": "a " * n, "completion": "b c", "text": "a " * n, "label": n % 2} for n in range(1, 9)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    settings = {"train_file": path, "eval_fraction": 0, "max_length": 6}
+    beyond = {"causal-lm": 3, "seq2seq": 0, "sequence-classification": 0}[task]  # two words and the end token
+
+    def lengths(**changes: Any) -> list[int]:
+        data = recipe_data.load_data(data_arguments(**settings, **changes), task, tokenizer)
+        return sorted(len(ids) - beyond for ids in data.train["input_ids"])
+
+    fitting = list(range(1, 7 - beyond))
+    assert lengths(drop_too_long=True) == fitting
+    assert len(lengths()) == 8
+    assert max(lengths()) == 6 - beyond  # cut, not dropped
+    assert len(lengths(drop_too_long=True, max_train_samples=len(fitting))) == len(fitting)
+    assert len(lengths(drop_too_long=True, max_train_samples=2)) == 2
+    with pytest.raises(ValueError, match="all 8 rows have more than max_length=0 tokens"):
+        drop_too_long(recipe_data.load_data(data_arguments(**settings), task, tokenizer).train, 0)
+
+
+def test_a_long_label_is_too_long_too(tokenizer):
+    rows = Dataset.from_dict({"prompt": ["a", "a"], "completion": ["b c d", "b"]})
+    args = data_arguments(max_length=2, drop_too_long=True)
+    assert len(encode(rows, args, "seq2seq", tokenizer, None)) == 1
 
 
 def test_pairs_of_texts_and_class_numbers(tokenizer):
