@@ -26,4 +26,4 @@ def require(name: str) -> ModuleType:
             raise RuntimeError(
                 f"{name} is not installed, and CI is set: a test that needs it may not skip."
             ) from error
-        pytest.skip(f"{name} is not installed: pip install -e '.[engines]'")
+        pytest.skip(f"{name} is not installed: pip install -e '.[test]'")
