@@ -28,6 +28,7 @@ from .record import StartRecord, record_of_model
 from .report import GradientReport
 from .rollouts import require_repeatable
 from .start import start_adapter
+from .tracking import send_picture
 
 
 if TYPE_CHECKING:
@@ -129,6 +130,7 @@ class LoRAGACallback(TrainerCallback):
         logger.log(logging.INFO if started else logging.WARNING, report.summary())
         # Not trainer.log: a class that overrides it flushes running figures of its own there (TRL's do).
         Trainer.log(trainer, report.metrics())
+        send_picture(trainer, report)
         if not trainer.is_world_process_zero():
             return
         folder = Path(trainer.args.output_dir)
