@@ -7,23 +7,16 @@ Any value of the YAML file can be given on the command line too, where it wins: 
 """
 
 import json
-import os
 from pathlib import Path
 
-import torch
 from arguments import parse
 from data import load_data
 from evaluation import add_perplexity, evaluation_functions, headline
 from models import load_model, load_tokenizer, make_lora_config
-from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, TrainingArguments, set_seed
+from threads import use_all_cores
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, set_seed
 
 from lora_ga_trainer import LoRAGATrainer, Seq2SeqLoRAGATrainer
-
-
-def use_all_cores(args: TrainingArguments) -> None:
-    """Give each process its share of the CPU where `accelerate launch` set one thread, as it does unless told more."""
-    if args.device.type == "cpu" and torch.get_num_threads() == 1:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.world_size))
 
 
 def main() -> None:

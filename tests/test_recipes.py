@@ -163,7 +163,10 @@ def test_help_lists_every_class_of_arguments():
         assert option in text
 
 
-@pytest.mark.parametrize("path", sorted((RECIPES / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+CONFIGS = sorted(path for path in (RECIPES / "configs").glob("*.yaml") if path.name != "sft_trl.yaml")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_shipped_yaml_parses_and_opens_with_what_it_is_for(path):
     text = path.read_text(encoding="utf-8")
     opening = text[: text.index("\n\n")]

@@ -25,7 +25,7 @@ from peft import PeftModel
 from test_probe import assert_equal_gradients, exact
 from test_trainer import adapter_of, assert_bitwise, logits_of
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import BitsAndBytesConfig, Trainer, TrainerCallback
 
 from lora_ga_trainer import LoRAGACallback, LoRAGAConfig, LoRAGAMixin, estimate_gradients, load_adapter
 from lora_ga_trainer.layers import find_adapted_layers
@@ -68,11 +68,12 @@ def reward(completions: list[str], **_: Any) -> list[float]:
 
 
 def make(trl: ModuleType, case: str, way: str, folder: Any, lora_ga: dict[str, Any] | None = None, **changes: Any):
-    """A trainer of TRL: plain, or with the start in one of the two ways. `changes` go to its config."""
+    """A trainer of TRL: plain, or with the start in one of the two ways; what is not `passed` goes to its config."""
     kind, columns, settings = CASES[case]
     trainer_class, config_class = getattr(trl, f"{kind}Trainer"), getattr(trl, f"{kind}Config")
     model = changes.pop("model", None)
     extra = {"reward_funcs": reward} if kind == "GRPO" else {}
+    extra |= changes.pop("passed", {})
     if model is None:
         torch.manual_seed(7)
         model = tiny.llama()
@@ -450,6 +451,30 @@ def test_dpo_after_sft_on_one_anchored_adapter_refers_to_what_sft_made(trl: Modu
     assert torch.equal(logits_of(dpo.model), made)
     stock = PeftModel.from_pretrained(tiny.llama(), tmp_path / "dpo")
     assert torch.equal(logits_of(stock), trained)
+
+
+@pytest.mark.parametrize("case", ["completion", "dpo"])
+def test_a_base_that_trl_quantises_is_the_function_of_step_zero(trl: ModuleType, case: str, tmp_path: Path) -> None:
+    """Given a name and a quantisation TRL loads the base itself, and turns the adapter into bf16."""
+    optional.require("bitsandbytes")
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    trainer = make(
+        trl,
+        case,
+        "mixin",
+        tmp_path / "out",
+        model=str(tiny_trl.save_model(tmp_path / "base")),
+        model_init_kwargs={"dtype": "float32"},
+        passed={"quantization_config": config, "peft_config": tiny_trl.lora(**LORA)},
+    )
+    look = AtStepZero()
+    trainer.add_callback(look)
+    trainer.train()
+    with trainer.model.disable_adapter():
+        assert torch.equal(look.logits, logits_of(trainer.model))
+    assert not torch.equal(look.logits, logits_of(trainer.model))
+    assert {parameter.dtype for parameter in adapter_of(trainer).values()} == {torch.bfloat16}
+    assert {layer.action for layer in trainer.lora_ga_report.layers} == {"initialised"}
 
 
 # --- folders, streams, processes -----------------------------------------------------------------------------------
