@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import random
+from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -17,8 +19,6 @@ if TYPE_CHECKING:
     from torch.utils.data import Dataset
     from transformers import Trainer
 
-# Running figures that TRL's trainers keep while they compute a loss.
-_COUNTERS = ("_metrics", "_total_train_tokens")
 _ABSENT = object()
 
 
@@ -28,23 +28,28 @@ def borrowed(trainer: Trainer, model: nn.Module, dataset: Dataset | None = None)
     Lend the trainer and its model to passes that are not training, and put everything back.
 
     Inside: random number generators are free to move, `model` is in train mode (activation checkpointing needs it)
-    with every dropout at 0, no parameter requires grad, compiled code runs eagerly, and `dataset`, if given, stands in
-    for the training data. Afterwards all of that, the accelerator's data loader bookkeeping, running statistics of
-    batch norms and the counters of TRL's trainers are what they were.
+    with every dropout at 0, no parameter requires grad, compiled code runs eagerly, nothing is reported to trackers,
+    each micro-batch is a step of its own, and `dataset`, if given, stands in for the training data. Afterwards all of
+    that, the accelerator's data loader bookkeeping, running statistics of batch norms and what the trainer itself
+    counts are what they were.
     """
     with ExitStack() as stack:
         stack.enter_context(preserved_rng())
         stack.enter_context(_preserved_loaders(trainer))
-        stack.enter_context(_preserved_counters(trainer))
+        stack.enter_context(preserved_attributes(trainer))
         stack.enter_context(_train_mode(model))
         stack.enter_context(_preserved_running_statistics(model))
         stack.enter_context(_without_dropout(model))
         stack.enter_context(_without_grad(model))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         # Items are weighted and summed over processes by the probe, not by `compute_loss`.
-        stack.enter_context(_attribute(trainer.args, "average_tokens_across_devices", False))
+        stack.enter_context(attribute(trainer.args, "average_tokens_across_devices", False))
+        # Losses that divide a part of themselves by it (TRL's, the router loss of experts) find it set in a step only.
+        stack.enter_context(attribute(trainer, "current_gradient_accumulation_steps", 1))
+        # TRL's trainers send the time that parts of a step took to the trackers themselves.
+        stack.enter_context(attribute(trainer.args, "report_to", []))
         if dataset is not None:
-            stack.enter_context(_attribute(trainer, "train_dataset", dataset))
+            stack.enter_context(attribute(trainer, "train_dataset", dataset))
         yield
 
 
@@ -65,7 +70,8 @@ def preserved_rng() -> Iterator[None]:
 
 
 @contextmanager
-def _attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
+def attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Set an attribute of an object for a while, also one that it lacks."""
     before = vars(owner).get(name, _ABSENT)
     setattr(owner, name, value)
     try:
@@ -91,21 +97,36 @@ def _preserved_loaders(trainer: Trainer) -> Iterator[None]:
 
 
 @contextmanager
-def _preserved_counters(trainer: Trainer) -> Iterator[None]:
-    with ExitStack() as stack:
-        for name in _COUNTERS:
-            if name in vars(trainer):
-                stack.enter_context(_attribute(trainer, name, _copy_counter(getattr(trainer, name))))
-        yield
+def preserved_attributes(trainer: Trainer) -> Iterator[None]:
+    """
+    Give a trainer back its attributes, and the entries of containers that are its own.
+
+    Trainer classes keep running figures, buffers and step counts while they compute a loss (TRL's do), in private
+    attributes, which are lent as copies, and in the count of tokens seen of their state.
+    """
+    before = vars(trainer).copy()
+    for name, value in before.items():
+        if name.startswith("_"):
+            setattr(trainer, name, _copy_containers(value))
+    try:
+        with attribute(trainer.state, "num_input_tokens_seen", trainer.state.num_input_tokens_seen):
+            yield
+    finally:
+        vars(trainer).clear()
+        vars(trainer).update(before)
 
 
-def _copy_counter(value: Any) -> Any:
-    """Copy nested dicts and lists of numbers; a `defaultdict` keeps its factory."""
+def _copy_containers(value: Any) -> Any:
+    """Copy dicts, lists, deques and sets inside each other, and nothing else; a `defaultdict` keeps its factory."""
+    if not isinstance(value, (dict, list, deque, set)):
+        return value
+    new = copy.copy(value)
     if isinstance(value, dict):
-        new = value.copy()
-        new.update((key, _copy_counter(item)) for key, item in value.items())
-        return new
-    return list(value) if isinstance(value, list) else value
+        new.update((key, _copy_containers(item)) for key, item in value.items())
+    elif not isinstance(value, set):
+        for index, item in enumerate(value):
+            new[index] = _copy_containers(item)
+    return new
 
 
 @contextmanager
@@ -142,7 +163,7 @@ def _without_dropout(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         for owner in owners.values():
             for name in _dropout_names(owner):
-                stack.enter_context(_attribute(owner, name, 0.0))
+                stack.enter_context(attribute(owner, name, 0.0))
         yield
 
 
@@ -158,11 +179,26 @@ def _dropout_names(owner: Any) -> list[str]:
 
 @contextmanager
 def _without_grad(model: nn.Module) -> Iterator[None]:
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in parameters:
-        parameter.requires_grad_(False)
+    """Let no parameter require grad whenever the model runs."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    switch_off_grad(model)
+    handle = model.register_forward_pre_hook(lambda *_: switch_off_grad(model))
     try:
         yield
     finally:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
+        handle.remove()
+        for parameter, flag in flags:
+            if parameter.requires_grad != flag:
+                parameter.requires_grad_(flag)
+
+
+def switch_off_grad(model: nn.Module) -> None:
+    """
+    Let no parameter require grad from now on.
+
+    PEFT switches an adapter's parameters on again after each time that it was disabled or changed for another one, as
+    losses with a reference do (DPO's).
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.requires_grad_(False)

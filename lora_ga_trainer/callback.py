@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from .anchor import anchored_parameter_names
@@ -26,12 +26,14 @@ from .prepare import prepare_adapter, require_config
 from .probe_file import require_probe_folder
 from .record import StartRecord, record_of_model
 from .report import GradientReport
+from .rollouts import require_repeatable
 from .start import start_adapter
+from .tracking import send_picture
 
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
-    from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+    from transformers import TrainerControl, TrainerState, TrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +82,7 @@ class LoRAGACallback(TrainerCallback):
         if self.config.init != "none":
             require_supported(trainer)
             require_probe_folder(self.config)
+            require_repeatable(trainer, self.config)
             _require_examples(trainer.train_dataset if probe_dataset is None else probe_dataset)
             prepare_adapter(trainer.model, self.config, optimizer=trainer.optimizer)
         if record_of_model(trainer.model) is not None:
@@ -123,8 +126,11 @@ class LoRAGACallback(TrainerCallback):
 
     def _publish(self, report: GradientReport) -> None:
         trainer = self.trainer
-        logger.info(report.summary())
-        trainer.log(report.metrics())
+        started = report.metrics()["lora_ga/layers_initialised"]
+        logger.log(logging.INFO if started else logging.WARNING, report.summary())
+        # Not trainer.log: a class that overrides it flushes running figures of its own there (TRL's do).
+        Trainer.log(trainer, report.metrics())
+        send_picture(trainer, report)
         if not trainer.is_world_process_zero():
             return
         folder = Path(trainer.args.output_dir)

@@ -21,7 +21,8 @@ from .layers import AdaptedLayer, saved_modules
 _WEIGHTS_PER_LAYER = 64
 _EXAMPLES = 16
 # Keys of a model config that say where the model came from or how it is run, not what its layers compute. Some change
-# by themselves: BERT's forward writes `problem_type`, saving writes `architectures`, the Trainer aligns token ids.
+# by themselves: BERT's forward writes `problem_type`, saving writes `architectures`, the Trainer aligns token ids, TRL
+# turns the router loss of experts on or off.
 _VOLATILE = (
     "_name_or_path",
     "architectures",
@@ -31,8 +32,10 @@ _VOLATILE = (
     "eos_token_id",
     "gradient_checkpointing",
     "name_or_path",
+    "output_router_logits",
     "pad_token_id",
     "problem_type",
+    "router_aux_loss_coef",
     "transformers_version",
     "use_cache",
 )

@@ -99,7 +99,7 @@ class _Heads:
 
     def _accumulate(self, piece: Piece) -> None:
         """Add the gradient of the summed loss of one piece; every process runs it, whether it has samples or not."""
-        items = count_items(self.trainer, piece.batch) if piece.mine > 0 else 0.0
+        items = count_items(self.trainer, piece) if piece.mine > 0 else 0.0
         loss = mean_loss(self.trainer, self.model, piece.batch, items) * items
         gradients = torch.autograd.grad(loss, self.copies, allow_unused=True)
         if items == 0:

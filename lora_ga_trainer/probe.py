@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .anchor import factor_rank
-from .borrow import borrowed, preserved_rng
+from .borrow import borrowed, preserved_attributes, preserved_rng
 from .collectives import gather_integers, mean_over_processes, share_from_owners, sum_over_processes
 from .config import LoRAGAConfig
 from .engines import probed_module
@@ -67,7 +67,7 @@ class GradientEstimate:
         seconds: wall time of the probe.
         bytes_sent: bytes that this process handed to all-reduces.
         unreached: layers that the loss never reached.
-        first_batch: the first inputs of this process, for measuring the loss before and after the write.
+        first_batch: the first prepared inputs of this process, for measuring the loss before and after the write.
         first_items: items of `first_batch` that count.
         first_loss: the mean loss over the `first_batch` of all processes.
     """
@@ -161,7 +161,7 @@ class _Probe:
         start = time.perf_counter()
         sketches = [index for index, estimators in enumerate(self.by_index) if estimators[0].sketched]
         with self._progress_bar(passes=2 if sketches else 1) as bar:
-            with preserved_rng():
+            with preserved_rng(), preserved_attributes(self.trainer):
                 self._pass(range(len(self.layers)), bar, first=True)
             items = self._finish_first_pass()
             if sketches:
@@ -208,7 +208,7 @@ class _Probe:
         self.met.append(index)
 
     def _step(self, number: int, piece: Piece, first: bool) -> None:
-        items = count_items(self.trainer, piece.batch)
+        items = count_items(self.trainer, piece)
         self.weight = items if piece.mine > 0 else 0.0
         loss = mean_loss(self.trainer, self.model, piece.batch, items)
         value = loss.item()

@@ -9,7 +9,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 INITIALISED = "initialised"
@@ -173,11 +179,22 @@ class GradientReport:
         Raises:
             `ImportError`: if matplotlib is not installed.
         """
+        self._figure().savefig(path)
+
+    def picture(self) -> np.ndarray:  # (height, width, 3)
+        """Return what `plot` draws as bytes of red, green and blue; raises as it does."""
+        figure = self._figure()
+        figure.canvas.draw()
+        return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
+
+    def _figure(self) -> Figure:
         try:
+            from matplotlib.backends.backend_agg import FigureCanvasAgg
             from matplotlib.figure import Figure
         except ImportError as error:
             raise ImportError("GradientReport.plot draws with matplotlib: pip install matplotlib.") from error
-        figure = Figure(figsize=(9, 4.5), layout="constrained")
+        figure = Figure(figsize=(9, 4.5), dpi=120, layout="constrained")
+        FigureCanvasAgg(figure)
         axes = figure.subplots()
         for i, (kind, layers) in enumerate(_by_kind(self.layers).items()):
             depth, colour = range(len(layers)), f"C{i % 10}"
@@ -190,7 +207,7 @@ class GradientReport:
             title=f"{self.init}: top 2r directions (solid), top r (dotted), {self.samples} samples",
         )
         axes.legend(fontsize="small", ncols=2)
-        figure.savefig(path, dpi=120)
+        return figure
 
 
 def _by_kind(layers: Sequence[LayerReport]) -> dict[str, list[LayerReport]]:

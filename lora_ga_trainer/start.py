@@ -35,7 +35,7 @@ from .report import (
     LayerReport,
     report_experts,
 )
-from .samples import count_items, mean_loss
+from .samples import mean_loss
 
 
 if TYPE_CHECKING:
@@ -254,7 +254,7 @@ def _loss_after(trainer: Trainer, estimate: GradientEstimate) -> float | None:
     with borrowed(trainer, model), torch.no_grad(), warnings.catch_warnings():
         # Reentrant activation checkpointing warns of every pass without gradients; here none are wanted.
         warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")
-        loss = mean_loss(trainer, model, batch, count_items(trainer, batch)).item()
+        loss = mean_loss(trainer, model, batch, estimate.first_items).item()
     loss = mean_over_processes(trainer, loss, estimate.first_items)
     if not math.isfinite(loss):
         logger.warning("The loss after the start is %s. Use a larger gamma, or look at the report's scales.", loss)

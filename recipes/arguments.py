@@ -50,8 +50,8 @@ PAIRS = {
 
 
 @dataclass
-class DataArguments:
-    """Say which rows are trained on, which are held out, and how a row becomes tokens."""
+class SourceArguments:
+    """Say which rows are trained on and which are held out."""
 
     train_file: str | None = field(
         default=None,
@@ -73,11 +73,34 @@ class DataArguments:
         metadata={"help": "Share of the rows to hold out where no held-out rows are given. 0: no evaluation."},
     )
     split_seed: int = field(default=0, metadata={"help": "Seed of that split and of max_train_samples' choice."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on at most so many rows."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on at most so many rows."})
+
+    def __post_init__(self) -> None:
+        if (self.train_file is None) == (self.dataset_name is None):
+            raise ValueError(
+                f"train_file={self.train_file!r} and dataset_name={self.dataset_name!r}: give exactly one of the two."
+            )
+        if self.eval_split is not None and self.dataset_name is None:
+            raise ValueError(f"eval_split={self.eval_split!r} is a split of a hub data set. Use eval_file for a file.")
+        if not 0 <= self.eval_fraction < 1:
+            raise ValueError(f"eval_fraction={self.eval_fraction} must be at least 0 and less than 1.")
+        self._require_positive("max_train_samples", "max_eval_samples")
+
+    def _require_positive(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1.")
+
+
+@dataclass
+class DataArguments(SourceArguments):
+    """Say also how a row becomes tokens."""
+
     drop_duplicates: bool = field(
         default=False, metadata={"help": "Keep the first of rows that say the same, before anything is held out."}
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on at most so many rows."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on at most so many rows."})
     keep_matching: list[str] | None = field(
         default=None,
         metadata={"help": "Keep only rows in which each regular expression is found, as column=expression."},
@@ -122,18 +145,8 @@ class DataArguments:
     label_field: str = field(default="label", metadata={"help": "Column with the class."})
 
     def __post_init__(self) -> None:
-        if (self.train_file is None) == (self.dataset_name is None):
-            raise ValueError(
-                f"train_file={self.train_file!r} and dataset_name={self.dataset_name!r}: give exactly one of the two."
-            )
-        if self.eval_split is not None and self.dataset_name is None:
-            raise ValueError(f"eval_split={self.eval_split!r} is a split of a hub data set. Use eval_file for a file.")
-        if not 0 <= self.eval_fraction < 1:
-            raise ValueError(f"eval_fraction={self.eval_fraction} must be at least 0 and less than 1.")
-        for name in ("max_length", "max_train_samples", "max_eval_samples"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1.")
+        super().__post_init__()
+        self._require_positive("max_length")
         for name in ("keep_matching", "drop_matching", "label_words"):
             for pair in getattr(self, name) or []:
                 if "=" not in pair:
@@ -165,12 +178,11 @@ class LoraArguments:
     use_dora: bool = field(default=False, metadata={"help": "Learn each row's magnitude apart (DoRA)."})
 
 
-Arguments = tuple[Any, ...]  # model, data, adapter, start, training, and a recipe's own
+ARGUMENTS = (ModelArguments, DataArguments, LoraArguments, LoRAGAConfig, Seq2SeqTrainingArguments)
 
 
-def make_parser(extra: Sequence[type] = ()) -> HfArgumentParser:
-    """Return the parser of every argument that recipes share, and of a recipe's own `extra` dataclasses."""
-    types = (ModelArguments, DataArguments, LoraArguments, LoRAGAConfig, Seq2SeqTrainingArguments, *extra)
+def make_parser(types: Sequence[type] = ARGUMENTS) -> HfArgumentParser:
+    """Return the parser of every argument of a recipe."""
     parser = HfArgumentParser(types, allow_abbrev=False)
     parser.add_argument("--config", help="A YAML file whose values replace the defaults listed here.")
     return parser
@@ -183,24 +195,24 @@ PUTS_AWAY = {
 }
 
 
-def parse(argv: list[str] | None = None, extra: Sequence[type] = ()) -> Arguments:
+def parse(argv: list[str] | None = None, types: Sequence[type] = ARGUMENTS) -> tuple[Any, ...]:
     """
     Read the command line, over the YAML file that `--config` names, over the defaults.
 
     Args:
         argv (`list[str]`, *optional*):
             The command line without the program's name; the program's own by default.
-        extra (`Sequence[type]`, *optional*):
-            Dataclasses of arguments that one recipe has beside the shared ones.
+        types (`Sequence[type]`, *optional*):
+            The argument classes of the recipe.
 
     Returns:
-        One instance of each of the five argument classes, then of each of `extra`.
+        One instance of each of the argument classes.
 
     Raises:
         `ValueError`: if the file or the command line holds a key that no class knows, naming the nearest that one
             does, or a value that is not allowed.
     """
-    return parse_into(make_parser(extra), argv)
+    return parse_into(make_parser(types), argv)
 
 
 def parse_into(

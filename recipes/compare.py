@@ -10,7 +10,7 @@ on where it stopped. `--plan_only true` says what it would cost. `comparison/met
 
 from pathlib import Path
 
-from arguments import parse
+from arguments import ARGUMENTS, parse
 from comparison.arms import parse_arms
 from comparison.outcome import draw, reference_loss, shown_metric, to_json, to_table
 from comparison.plan import describe_plan
@@ -18,13 +18,14 @@ from comparison.run import Task
 from comparison.scheduler import Comparison
 from comparison.settings import CompareArguments, require_comparable, settings_of
 from comparison.store import Store, write_whole
+from cpu import adapt_to_cpu
 from data import load_data
 from models import load_model, load_tokenizer
-from training import adapt_to_cpu, make_collator, make_trainer
+from training import make_collator, make_trainer
 
 
 def main() -> None:
-    model_args, data_args, lora_args, config, args, compare = parse(extra=(CompareArguments,))
+    model_args, data_args, lora_args, config, args, compare = parse(types=(*ARGUMENTS, CompareArguments))
     require_comparable(compare, args)
     arms = parse_arms(compare.arms, config, lora_args)
     adapt_to_cpu(args)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from arguments import DataArguments
+from arguments import DataArguments, SourceArguments
 from datasets import Dataset
 from encoding import encode, text_of
 from filtering import filter_rows
@@ -37,6 +37,13 @@ def load_data(args: DataArguments, task: str, tokenizer: PreTrainedTokenizerBase
     return TaskData(train, held_out, class_names)
 
 
+def load_rows(args: SourceArguments) -> tuple[Dataset, Dataset | None]:
+    """Read the rows that `args` name, whatever their columns, and hold some out."""
+    train = read_source(args, args.train_file, args.train_split)
+    held_out = read_source(args, args.eval_file, args.eval_split) if args.eval_file or args.eval_split else None
+    return split_rows(train, held_out, args)
+
+
 def read_rows(args: DataArguments, task: str) -> tuple[Dataset, Dataset | None]:
     """Return the rows to train on and those given as held out (`None` without any)."""
     used = _used_columns(args, task)
@@ -64,7 +71,7 @@ def read_held_out(args: DataArguments, task: str) -> Dataset:
     return held_out
 
 
-def split_rows(train: Dataset, held_out: Dataset | None, args: DataArguments) -> tuple[Dataset, Dataset | None]:
+def split_rows(train: Dataset, held_out: Dataset | None, args: SourceArguments) -> tuple[Dataset, Dataset | None]:
     """
     Hold `eval_fraction` of the rows out where none are held out yet, then cut both parts to their limits.
 
@@ -107,13 +114,19 @@ def _used_columns(args: DataArguments, task: str) -> list[str]:
     return [args.prompt_field, args.completion_field]
 
 
-def _read(args: DataArguments, file: str | None, split: str | None, used: list[str]) -> Dataset:
+def read_source(args: SourceArguments, file: str | None, split: str | None, label_field: str | None = None) -> Dataset:
+    """Read a file, or a split of the hub data set where there is none."""
     if file is not None:
         rows = read_local(resolve_reference(file), args.column_names)
     else:
-        rows = read_hub(args.dataset_name, args.dataset_config, split, args.label_field)
+        rows = read_hub(args.dataset_name, args.dataset_config, split, label_field)
     if len(rows) == 0:
         raise ValueError(f"{file or args.dataset_name}: no rows in it. Point to a file or split that has some.")
+    return rows
+
+
+def _read(args: DataArguments, file: str | None, split: str | None, used: list[str]) -> Dataset:
+    rows = read_source(args, file, split, args.label_field)
     missing = [name for name in used if name not in rows.column_names]
     if missing:
         raise ValueError(

@@ -10,10 +10,11 @@ import json
 from pathlib import Path
 
 from arguments import parse
+from cpu import adapt_to_cpu
 from data import load_data
 from evaluation import add_perplexity, headline
 from models import load_model, load_tokenizer, make_lora_config
-from training import adapt_to_cpu, make_trainer
+from training import make_trainer
 from transformers import set_seed
 
 

@@ -42,7 +42,7 @@ def read_local(path: str, column_names: list[str] | None = None) -> Dataset:
     return _read_table(place, column_names, UNQUOTED_TABS if suffix == ".tsv" else {})
 
 
-def read_hub(name: str, config: str | None, split: str, label_field: str) -> Dataset:
+def read_hub(name: str, config: str | None, split: str, label_field: str | None = None) -> Dataset:
     """Read one split of a hub data set, with class numbers turned into the names that it has for them."""
     rows = load_dataset(name, config, split=split)
     label = rows.features.get(label_field)

@@ -1,9 +1,7 @@
 """The trainer of a task, as every recipe builds it."""
 
-import os
 from typing import Any
 
-import torch
 from data import TaskData
 from evaluation import evaluation_functions
 from peft import LoraConfig
@@ -13,23 +11,9 @@ from transformers import (
     PreTrainedTokenizerBase,
     Seq2SeqTrainingArguments,
     Trainer,
-    TrainingArguments,
 )
 
 from lora_ga_trainer import LoRAGAConfig, LoRAGATrainer, Seq2SeqLoRAGATrainer
-
-
-def adapt_to_cpu(args: TrainingArguments) -> None:
-    """
-    On a CPU give each process its share of the cores, and pin no memory.
-
-    `accelerate launch` sets one thread unless told more; a number of threads set for plain `python` is left alone.
-    """
-    if args.device.type != "cpu":
-        return
-    args.dataloader_pin_memory = False  # there is no device to copy to, and torch warns at every epoch
-    if torch.get_num_threads() == 1 and "ACCELERATE_MIXED_PRECISION" in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.world_size))
 
 
 def make_collator(task: str, tokenizer: PreTrainedTokenizerBase, model: Any = None) -> Any:

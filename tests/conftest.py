@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 
+# trackio reads it once, when it is imported; without it runs would go to the home folder.
+os.environ["TRACKIO_DIR"] = tempfile.mkdtemp(prefix="trackio-")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -20,6 +24,10 @@ import torch
 def one_thread() -> None:
     """Tiny models run slower on more threads, which also round differently; a recipe run in this process sets more."""
     torch.set_num_threads(1)
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["TRACKIO_DIR"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

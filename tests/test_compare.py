@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
 
 import compare
 import comparison.scheduler as scheduler
-from arguments import LoraArguments, parse
+from arguments import ARGUMENTS, LoraArguments, parse
 from comparison.arms import parse_arms
 from comparison.outcome import Row, draw, reference_loss, shown_metric, to_json, to_table
 from comparison.plan import clock, describe_plan, run_seconds
@@ -330,7 +330,7 @@ def test_every_shipped_comparison_parses_and_opens_with_what_it_is_for(path):
     assert all(line.startswith("#") for line in opening.splitlines())
     assert f"accelerate launch recipes/compare.py --config recipes/configs/{path.name}" in opening
     rows = [] if "train_file:" in text else ["--train_file", "rows.jsonl"]
-    model, _, lora, config, args, budget = parse(["--config", str(path), *rows], extra=(CompareArguments,))
+    model, _, lora, config, args, budget = parse(["--config", str(path), *rows], types=(*ARGUMENTS, CompareArguments))
     assert model.model_name_or_path == yaml.safe_load(text)["model_name_or_path"]
     require_comparable(budget, args)
     parse_arms(budget.arms, config, lora)

@@ -230,7 +230,7 @@ def test_a_classifier_is_measured_by_its_own_names_of_classes(tmp_path, monkeypa
     training = ["--model_name_or_path", str(tmp_path / "base"), "--task", "sequence-classification", *data]
     training += ["--output_dir", str(adapter), "--max_steps", "2", "--num_samples", "2", "--eval_fraction", "0.2"]
     training += ["--per_device_train_batch_size", "2", "--use_cpu", "--disable_tqdm", "true", "--save_strategy", "no"]
-    monkeypatch.setattr(finetune, "use_all_cores", lambda args: None)
+    monkeypatch.setattr(finetune, "adapt_to_cpu", lambda args: None)
     monkeypatch.setattr(sys, "argv", ["finetune.py", *training])
     finetune.main()
     assert json.loads((adapter / "class_names.json").read_text()) == ["equivalent", "not_equivalent"]

@@ -209,7 +209,7 @@ def evaluate_recipe(name: str, folder: Path) -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_runs_from_its_rows_to_its_figures(name, bases, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("evaluate.config.HF_EVALUATE_OFFLINE", True)
-    monkeypatch.setattr(finetune, "use_all_cores", lambda args: None)  # tiny models are faster on one
+    monkeypatch.setattr(finetune, "adapt_to_cpu", lambda args: None)  # tiny models are faster on one
     monkeypatch.setattr(sys, "argv", ["finetune.py", *overrides(name, bases, tmp_path), "--num_samples", "3"])
     finetune.main()
     adapter = tmp_path / "adapter"
@@ -248,7 +248,7 @@ PROPOSED = {
 def test_what_a_head_proposes_runs(name, bases, tmp_path, monkeypatch):
     over, words = PROPOSED[name]
     assert " ".join(words) in " ".join(opening(name).replace("#", " ").split())
-    monkeypatch.setattr(finetune, "use_all_cores", lambda args: None)
+    monkeypatch.setattr(finetune, "adapt_to_cpu", lambda args: None)
     monkeypatch.setattr(sys, "argv", ["finetune.py", *overrides(over, bases, tmp_path), *words, "--num_samples", "3"])
     finetune.main()
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()

@@ -184,6 +184,41 @@ def test_activation_checkpointing_changes_nothing(reentrant: bool, tmp_path: Any
     assert_equal_gradients(found, true)
 
 
+@pytest.mark.parametrize("reference_first", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_loss_that_switches_the_adapter_off_and_on_leaves_no_gradients(
+    checkpointing: bool, reference_first: bool, tmp_path: Any
+) -> None:
+    """PEFT then lets the adapter's parameters require grad again, before or after the forward of the policy."""
+
+    class Distant(Trainer):
+        def reference(self, inputs: Any) -> Tensor:
+            with torch.no_grad(), self.model.disable_adapter():
+                return self.model(**inputs).logits
+
+        def compute_loss(self, model: Any, inputs: Any, num_items_in_batch: Any = None, **kwargs: Any) -> Tensor:
+            held = self.reference(inputs) if reference_first else None
+            outputs = model(**inputs)
+            held = held if reference_first else self.reference(inputs)
+            return outputs.loss + (outputs.logits - held).square().sum()
+
+    rows = tiny.causal_rows(8, ragged=False)
+    plain, adapted = tiny.llama().eval(), tiny.with_lora(tiny.llama())
+    if checkpointing:
+        adapted.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    trainer = Distant(
+        adapted,
+        tiny.arguments(tmp_path, train_sampling_strategy="sequential", per_device_train_batch_size=2),
+        train_dataset=rows,
+    )
+    trainer.model_wrapped = trainer.accelerator.prepare_model(trainer.model)
+    before = Spy(trainer)
+    found = probe(trainer, exact(num_samples=8))
+    before.assert_same(Spy(trainer))
+    true = reference.whole_sample_gradient(plain, list(found), lambda: causal_loss(plain, rows))
+    assert_equal_gradients(found, true)
+
+
 def test_accumulation_does_not_matter(tmp_path: Any) -> None:
     rows = tiny.causal_rows(16)
     once = probe(in_order(rows, tmp_path, tiny.with_lora(tiny.llama())), exact(num_samples=16))
