@@ -10,14 +10,16 @@ else, or with --restrict_to_labels where that word is the likeliest of the label
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from answers import report, share
 from arguments import DataArguments
 from data import CLASSIFICATION, read_held_out
+from datasets import Dataset
 from encoding import IGNORED, fill_templates, text_of
 from filtering import word_for_value
 from generation import GenerationArguments, Writer, parse_evaluation
@@ -49,31 +51,13 @@ def main(argv: list[str] | None = None) -> dict:
     writer = Writer(generation, class_names=class_names)
     rows = read_held_out(data, writer.task)
     rows = rows.select(range(min(generation.limit or len(rows), len(rows))))
-
     if writer.task == CLASSIFICATION:
-        words: dict[str, str] = {}
-        labels = [text_of(row, data.label_field) for row in rows]
-        texts = [[text_of(row, name) for name in (data.text_field, data.text_pair_field) if name] for row in rows]
-        answers = in_batches(texts, generation.batch_size, lambda batch: classify(batch, writer, data, class_names))
+        words, (labels, answers) = {}, classify_rows(rows, data, writer, class_names, generation.batch_size)
     else:
         if data.label_words is None:
-            raise ValueError(
-                "label_words=None: say which word stands for which class, as in --label_words 0=no 1=yes."
-            )
+            raise ValueError("label_words=None: say which word stands for which class: --label_words 0=no 1=yes.")
         words = word_for_value(data.label_words)
-        prompts, labels = (list(part) for part in zip(*(fill_templates(row, data) for row in rows), strict=True))
-        choices = sorted(set(words.values()))
-        longest = max(len(writer.tokenizer(text_target=word)["input_ids"]) for word in choices)
-        writer.model.generation_config.max_new_tokens = longest + 1  # what is longer than every label is none
-        answers = in_batches(
-            prompts,
-            generation.batch_size,
-            lambda batch: (
-                likeliest(batch, choices, writer, data.max_length)
-                if glue.restrict_to_labels
-                else [text.strip() for text in writer.write(batch, data.max_length)]
-            ),
-        )
+        labels, answers = write_labels(rows, data, writer, glue.restrict_to_labels, generation.batch_size)
 
     references = class_numbers(labels, glue.glue_task, words)
     known = {*words.values(), *(class_names or [])}
@@ -95,13 +79,39 @@ def main(argv: list[str] | None = None) -> dict:
     return results
 
 
+def write_labels(
+    rows: Dataset, data: DataArguments, writer: Writer, restrict: bool, batch_size: int
+) -> tuple[list[str], list[str]]:
+    """Return the label's word of every row, and what a model that writes says, or the likeliest of the words."""
+    prompts, labels = (list(part) for part in zip(*(fill_templates(row, data) for row in rows), strict=True))
+    choices = sorted(set(word_for_value(data.label_words).values()))
+    longest = max(len(writer.tokenizer(text_target=word)["input_ids"]) for word in choices)
+    writer.model.generation_config.max_new_tokens = longest + 1  # what is longer than every label is none
+
+    def answer(batch: list[str]) -> list[str]:
+        if restrict:
+            return likeliest(batch, choices, writer, data.max_length)
+        return [text.strip() for text in writer.write(batch, data.max_length)]
+
+    return labels, in_batches(prompts, batch_size, answer)
+
+
+def classify_rows(
+    rows: Dataset, data: DataArguments, writer: Writer, class_names: list[str], batch_size: int
+) -> tuple[list[str], list[str]]:
+    """Return the class of every row, and the likeliest one by a classifier."""
+    labels = [text_of(row, data.label_field) for row in rows]
+    texts = [[text_of(row, name) for name in (data.text_field, data.text_pair_field) if name] for row in rows]
+    return labels, in_batches(texts, batch_size, lambda batch: classify(batch, writer, data, class_names))
+
+
 def saved_class_names(adapter: str | None) -> list[str] | None:
     """Return the names of a classifier's classes 0, 1, ..., which `finetune.py` writes beside its adapter."""
     place = Path(adapter or "") / "class_names.json"
     return json.loads(place.read_text(encoding="utf-8")) if adapter is not None and place.exists() else None
 
 
-def in_batches(items: list, size: int, answer) -> list[str]:
+def in_batches(items: list[Any], size: int, answer: Callable[[list[Any]], list[str]]) -> list[str]:
     """Answer items batch by batch."""
     return [text for start in range(0, len(items), size) for text in answer(items[start : start + size])]
 
