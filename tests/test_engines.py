@@ -27,8 +27,10 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 
-ENGINES = ["ddp", "fsdp2", "zero2", "zero3"]
-RESUMABLE = ["ddp", "zero2", "zero3"]
+# DeepSpeed builds its CPU optimizer at its first use, which takes more than a minute.
+ZERO = [pytest.param(name, marks=pytest.mark.slow) for name in ("zero2", "zero3")]
+ENGINES = ["ddp", "fsdp2", *ZERO]
+RESUMABLE = ["ddp", *ZERO]
 SCRIPT = Path(__file__).with_name("engine_run.py")
 
 
