@@ -105,10 +105,13 @@ def test_the_table_names_winners_those_without_and_those_that_failed():
 
 
 def test_the_json_is_plain_json_whatever_diverged(tmp_path):
+    diverged = result("lora", losses=(0.8, 0.6, 0.5, math.nan))  # an accuracy decides, and is a number all the same
     rows = [Row("full", Verdict((), None, "failed"), {1e-3: math.nan, 1e-2: math.inf}, [])]
+    rows.append(Row("lora", Verdict((), 1e-3), {1e-3: 0.4}, [diverged]))
     text = json.dumps(to_json(rows, "eval_loss", {"max_steps": 4}), allow_nan=False)
     assert json.loads(text)["arms"][0]["swept"] == {"0.001": "nan", "0.01": "inf"}
-    draw([*rows, Row("lora", Verdict((), 1e-3), {1e-3: 0.4}, [result()])], tmp_path / "curves.png")
+    assert json.loads(text)["arms"][1]["runs"][0]["evals"][-1]["eval_loss"] == "nan"
+    draw(rows, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 

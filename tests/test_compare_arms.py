@@ -128,6 +128,30 @@ def test_every_method_trains_and_only_those_that_say_so_change_the_base(task, me
     assert 0 < trained <= stored or method in ("lokr", "adalora")
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_goes_on_a_classifier_and_trains_its_head(task, method):
+    with torch.random.fork_rng():
+        base = tiny.bert()
+    model = METHODS[method].make(base, LORA, "sequence-classification", classifier_samples(task))
+    trainer = LoRAGATrainer(
+        model,
+        replace(task.args, max_steps=2, learning_rate=RATE),
+        train_dataset=tiny.class_rows(8),
+        data_collator=collate,
+        lora_ga_config=arm(method).config,
+    )
+    if METHODS[method].after_start is not None:
+        METHODS[method].after_start(trainer)
+    heads = {name: p.detach().clone() for name, p in model.named_parameters() if "classifier" in name}
+    trainer.train()
+    moved = {name for name, p in model.named_parameters() if name in heads and not torch.equal(p, heads[name])}
+    assert len(moved) == 2  # weight and bias
+
+
+def classifier_samples(task: Task) -> Samples:
+    return Samples(tiny.class_rows(8), collate, replace(task.args, seed=0, max_steps=20), CONFIG.num_samples)
+
+
 @pytest.mark.parametrize("name", ["lora+lora_pro", "lora_ga+lora_pro", "lora_one+lora_pro", "dora+lora_pro"])
 def test_a_correction_goes_with_every_start(task, name):
     trainer = trainer_of(task, name)
@@ -325,6 +349,7 @@ def test_a_run_that_was_cut_off_continues_and_ends_where_it_would_have(task, nam
     monkeypatch.setattr(comparison_run._Stopwatch, "on_step_end", cut)
     with pytest.raises(_Stop):
         run_arm(task, arm(name), RATE, seed=0, points=4)
+    run_arm(task, arm(name), RATE, seed=0, points=1, steps=2)  # the plan's trial must not cost it its checkpoint
     steps = []
     monkeypatch.setattr(
         comparison_run._Stopwatch, "on_step_end", lambda self, args, state, *a, **k: steps.append(state.global_step)

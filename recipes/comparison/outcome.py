@@ -149,11 +149,15 @@ def to_json(rows: Sequence[Row], metric: str, settings: dict[str, Any]) -> dict[
                 "winner": row.verdict.winner is not None,
                 "reason": row.verdict.reason,
                 "swept": {f"{rate:g}": _plain(score) for rate, score in row.swept.items()},
-                "runs": [result.to_dict() for result in row.results],
+                "runs": [{**r.to_dict(), "evals": [_plain_values(point) for point in r.evals]} for r in row.results],
             }
             for row in rows
         ],
     }
+
+
+def _plain_values(point: dict[str, float]) -> dict[str, float | str]:
+    return {name: _plain(value) for name, value in point.items()}
 
 
 def _plain(score: float) -> float | str:

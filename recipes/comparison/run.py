@@ -118,12 +118,13 @@ def run_arm(task: Task, arm: Arm, rate: float, seed: int, points: int, steps: in
         points: evaluations, evenly spread.
         steps: instead of `task.args.max_steps`, for a trial, which leaves nothing behind.
     """
-    folder = task.folder / "runs" / arm.slug / f"rate{rate:g}_seed{seed}"
+    name = "trial" if steps is not None else f"rate{rate:g}_seed{seed}"  # the first run's own may hold checkpoints
+    folder = task.folder / "runs" / arm.slug / name
     args = _arguments(task.args, folder, rate, seed, points, steps)
     peak, watch, begin = PeakMemory(), _Stopwatch(), time.perf_counter()
     trainer = build_trainer(task, arm, args)
     trainer.add_callback(watch)
-    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() and steps is None else None
+    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     trainer.train(resume_from_checkpoint=checkpoint)
     evals = [log for log in trainer.state.log_history if "eval_loss" in log]
     trained, stored = count_numbers(trainer.accelerator.unwrap_model(trainer.model))

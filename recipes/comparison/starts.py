@@ -1,8 +1,9 @@
 """Starts and changes of an adapter that neither a setting of PEFT nor one of this package makes by itself."""
 
+import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,24 +37,55 @@ class Samples:
     args: TrainingArguments
     count: int
 
-    def batches(self) -> list[dict[str, torch.Tensor]]:
-        """Return `count` random rows in micro-batches of the training's size, the same ones on every process."""
+    def batches(self, at_least: int = 1) -> list[dict[str, torch.Tensor]]:
+        """
+        Return `count` random rows, the same ones on every process, in micro-batches of the training's size.
+
+        Where a start wants `at_least` so many rows a batch, batches are larger and a smaller last one is left out.
+        """
         order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(self.args.seed))
-        size = self.args.per_device_train_batch_size
+        size = max(self.args.per_device_train_batch_size, at_least)
         chosen = [self.train[int(i)] for i in order[: self.count]]
         return [
             {name: value.to(self.args.device) for name, value in self.collate(chosen[i : i + size]).items()}
             for i in range(0, len(chosen), size)
+            if len(chosen) - i >= at_least
         ]
 
 
 def start_by_eva(model: nn.Module, config: LoraConfig, samples: Samples) -> nn.Module:
     """Let PEFT read the directions of the layers' inputs, and spread the ranks by them."""
-    config.init_lora_weights, config.eva_config = "eva", EvaConfig()
+    if model.config.is_encoder_decoder:
+        raise ValueError("arm 'eva': PEFT masks one sequence a row, not an encoder's and a decoder's. Leave it out.")
+    eva = EvaConfig()
+    # A layer that reads one vector a row (a pooler) must see as many rows as EVA seeks directions, or PEFT never ends.
+    wanted = math.ceil(eva.rho * config.r)
+    batches = samples.batches(at_least=wanted)
+    if not batches:
+        raise ValueError(
+            f"arm 'eva': it seeks {wanted} directions a layer and has {samples.count} samples. Use at least "
+            f"--num_samples {wanted}."
+        )
+    labels_of_tokens = batches[0]["labels"].shape == batches[0]["input_ids"].shape
+    config.init_lora_weights, config.eva_config = "eva", replace(eva, use_label_mask=labels_of_tokens)
     # Left without memory until PEFT fills it in, as its documentation has it.
     adapted = get_peft_model(model.to(samples.args.device), config, low_cpu_mem_usage=True)
-    initialize_lora_eva_weights(adapted, samples.batches(), show_progress_bar=False)
+    initialize_lora_eva_weights(
+        adapted,
+        batches,
+        prepare_layer_inputs_fn=_inputs_that_count,
+        gather_distributed_inputs=False,  # they are the same on every process
+        show_progress_bar=False,
+    )
     return adapted
+
+
+def _inputs_that_count(
+    layer_input: torch.Tensor | tuple[torch.Tensor, ...], places: torch.Tensor, name: str
+) -> torch.Tensor:
+    """Return the inputs of a layer at the `places (N, 2)` that are not masked; all of them where a row has but one."""
+    x = layer_input if isinstance(layer_input, torch.Tensor) else layer_input[0]
+    return x.contiguous() if x.dim() == 2 else x[places.T.unbind()]
 
 
 def start_by_peft_lora_ga(model: nn.Module, config: LoraConfig, samples: Samples) -> nn.Module:
