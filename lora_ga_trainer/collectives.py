@@ -15,12 +15,15 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 
+_BUCKET_BYTES = 2**28  # that are sent at once: copies of this size are made
+
+
 def sum_over_processes(trainer: Trainer, tensors: Sequence[Tensor]) -> int:
     """
     Add up `tensors` over all processes, in place.
 
-    The tensors of one dtype travel as one flat buffer, so the number of collectives does not grow with the number of
-    layers, and the tensors of a process may live on devices of their own.
+    The tensors of one dtype travel in flat buffers of up to 256 MiB, so there are few collectives however many layers
+    there are, and the tensors of a process may live on devices of their own.
 
     Returns:
         Bytes that this process handed to the all-reduce; 0 on a single process.
@@ -28,7 +31,7 @@ def sum_over_processes(trainer: Trainer, tensors: Sequence[Tensor]) -> int:
     if trainer.accelerator.num_processes == 1:
         return 0
     sent = 0
-    for group in _by_dtype(tensors):
+    for group in _buckets(tensors):
         flat = _flatten(group, trainer.accelerator.device)
         torch.distributed.all_reduce(flat)
         sent += flat.numel() * flat.element_size()
@@ -58,7 +61,7 @@ def share_from_owners(trainer: Trainer, owned: Sequence[Sequence[Tensor]]) -> in
         return 0
     sent = 0
     for owner, tensors in enumerate(owned):
-        for group in _by_dtype(tensors):
+        for group in _buckets(tensors):
             flat = _flatten(group, trainer.accelerator.device)
             torch.distributed.broadcast(flat, src=owner)
             _unflatten(flat, group)
@@ -66,11 +69,19 @@ def share_from_owners(trainer: Trainer, owned: Sequence[Sequence[Tensor]]) -> in
     return sent
 
 
-def _by_dtype(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
-    groups: dict[torch.dtype, list[Tensor]] = {}
+def _buckets(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Group tensors by dtype, those of one group together within `_BUCKET_BYTES` unless it is a single one."""
+    buckets: list[list[Tensor]] = []
+    open_ones: dict[torch.dtype, tuple[list[Tensor], int]] = {}
     for tensor in tensors:
-        groups.setdefault(tensor.dtype, []).append(tensor)
-    return list(groups.values())
+        size = tensor.numel() * tensor.element_size()
+        bucket, filled = open_ones.get(tensor.dtype, ([], 0))
+        if not bucket or filled + size > _BUCKET_BYTES:
+            bucket, filled = [], 0
+            buckets.append(bucket)
+        bucket.append(tensor)
+        open_ones[tensor.dtype] = bucket, filled + size
+    return buckets
 
 
 def _flatten(tensors: Sequence[Tensor], device: torch.device) -> Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ from .samples import (
     require_rewindable,
     sample_pieces,
 )
-from .sketch import Estimator, forget_shared_matrices, make_estimators
+from .sketch import Estimator, SketchedGradient, forget_shared_matrices, make_estimators, turn, turning_points
 from .tap import tapped, tapped_parameters
 
 
@@ -134,7 +135,7 @@ def estimate_gradients(
 
 
 class _Probe:
-    """The passes over the samples, with a fixed loss scale."""
+    """The pass over the samples, with a fixed loss scale."""
 
     def __init__(
         self,
@@ -159,34 +160,36 @@ class _Probe:
 
     def run(self) -> GradientEstimate:
         start = time.perf_counter()
-        sketches = [index for index, estimators in enumerate(self.by_index) if estimators[0].sketched]
-        with self._progress_bar(passes=2 if sketches else 1) as bar:
-            with preserved_rng(), preserved_attributes(self.trainer):
-                self._pass(range(len(self.layers)), bar, first=True)
-            items = self._finish_first_pass()
-            if sketches:
-                sketched = [estimator for index in sketches for estimator in self.by_index[index]]
-                self._sum(sketched)
-                self._turn(sketched)
-                self._pass(sketches, bar, first=False)
-        self._sum(list(self.estimators.values()))
+        with self._progress_bar() as bar, preserved_rng(), preserved_attributes(self.trainer), self._taps():
+            self._pass(bar)
+        items = self._add_up()
         for estimator in self.estimators.values():
             estimator.divide(items)
         return self._result(items, time.perf_counter() - start)
 
-    def _pass(self, indices: Sequence[int], bar: tqdm, first: bool) -> None:
-        """Run every sample once, with taps in the layers at `indices`."""
-        bare = [index for index in indices if self.layers[index].parameter_name is not None]
-        linear = [index for index in indices if self.layers[index].parameter_name is None]
+    @contextmanager
+    def _taps(self) -> Iterator[None]:
+        bare = [index for index, layer in enumerate(self.layers) if layer.parameter_name is not None]
+        linear = [index for index, layer in enumerate(self.layers) if layer.parameter_name is None]
         layers = {self.layers[index].name: self.layers[index].base for index in linear}
         places = [(self.layers[index].base, self.layers[index].parameter_name) for index in bare]
         with (
             tapped(layers, lambda tap, x, dy: self._collect(linear[tap], x, dy)),
             tapped_parameters(places, lambda tap, dW: self._collect_dense(bare[tap], dW)),
         ):
-            for number, piece in enumerate(sample_pieces(self.trainer, [self.config.num_samples])):
-                self._step(number, piece, first)
-                bar.update(piece.samples)
+            yield
+
+    def _pass(self, bar: tqdm) -> None:
+        """Run every sample once; sketches turn at their turning points."""
+        sketches = [estimator for estimator in self.estimators.values() if estimator.sketched]
+        bounds = turning_points(self.config.num_samples) if sketches else [self.config.num_samples]
+        part = 0
+        for number, piece in enumerate(sample_pieces(self.trainer, bounds)):
+            if piece.part > part:
+                self._turn(sketches)
+                part = piece.part
+            self._step(number, piece)
+            bar.update(piece.samples)
 
     def _collect(self, index: int, x: Tensor, dy: Tensor) -> None:
         self._meet(index)
@@ -207,7 +210,7 @@ class _Probe:
         self.hits[index] += 1
         self.met.append(index)
 
-    def _step(self, number: int, piece: Piece, first: bool) -> None:
+    def _step(self, number: int, piece: Piece) -> None:
         items = count_items(self.trainer, piece)
         self.weight = items if piece.mine > 0 else 0.0
         loss = mean_loss(self.trainer, self.model, piece.batch, items)
@@ -218,8 +221,7 @@ class _Probe:
         (loss * self.loss_scale).backward()
         if self.weight > 0:
             self._require_finite(number)
-        if first:
-            self._count(piece, value)
+        self._count(piece, value)
 
     def _count(self, piece: Piece, loss: float) -> None:
         self.samples += piece.samples
@@ -244,21 +246,26 @@ class _Probe:
                 f"{_POISON_ADVICE}"
             )
 
-    def _sum(self, estimators: Sequence[Estimator]) -> None:
-        self.bytes_sent += sum_over_processes(self.trainer, [t for estimator in estimators for t in estimator.sums()])
-
-    def _turn(self, sketches: Sequence[Estimator]) -> None:
-        """Begin the second pass with the same test matrices everywhere: each process orthogonalises its share."""
+    def _turn(self, sketches: Sequence[SketchedGradient]) -> None:
+        """Turn the sketches that have seen anything, alike everywhere: each process computes its share of them."""
+        self._sum([part for sketch in sketches for part in sketch.since_last_turn()])
+        sketches = [sketch for sketch in sketches if sketch.since_last_turn()[0].any()]  # an expert may have seen none
         codes = gather_integers(self.trainer, *(_DTYPES.index(sketch.dtype) for sketch in sketches))
         rank, size = self.trainer.accelerator.process_index, len(codes)
-        owned: list[list[Tensor]] = [[] for _ in range(size)]
-        for number, (sketch, code) in enumerate(zip(sketches, zip(*codes, strict=True), strict=True)):
+        for sketch, code in zip(sketches, zip(*codes, strict=True), strict=True):
             sketch.dtype = _DTYPES[max(code)]  # a process that had no sample for the layer has not seen it
-            owned[number % size] += sketch.turn(compute=number % size == rank)
+        turn(sketches[rank::size])
+        for number, sketch in enumerate(sketches):
+            if number % size != rank:
+                sketch.await_owner()
+        owned = [[part for sketch in sketches[owner::size] for part in sketch.known()] for owner in range(size)]
         self.bytes_sent += share_from_owners(self.trainer, owned)
 
-    def _finish_first_pass(self) -> float:
-        """Add up the counts of all processes; return the number of items."""
+    def _sum(self, tensors: Sequence[Tensor]) -> None:
+        self.bytes_sent += sum_over_processes(self.trainer, tensors)
+
+    def _add_up(self) -> float:
+        """Add up the counts and the sums of all processes; return the number of items."""
         totals = torch.tensor([self.items, self.loss_sum, self.tokens, *self.hits], dtype=torch.float64)
         sum_over_processes(self.trainer, [totals])
         self.items, self.loss_sum, self.tokens, *self.hits = totals.tolist()
@@ -280,6 +287,7 @@ class _Probe:
                 self.samples,
                 self.config.num_samples,
             )
+        self._sum([part for estimator in self.estimators.values() for part in estimator.sums()])
         return self.items
 
     def _unreached(self) -> list[str]:
@@ -300,9 +308,9 @@ class _Probe:
             first_loss=self.first_loss,
         )
 
-    def _progress_bar(self, passes: int) -> tqdm:
+    def _progress_bar(self) -> tqdm:
         return tqdm(
-            total=passes * self.config.num_samples,
+            total=self.config.num_samples,
             desc="LoRA-GA probe",
             unit="sample",
             leave=False,

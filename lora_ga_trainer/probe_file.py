@@ -22,7 +22,7 @@ from .probe import GradientEstimate
 from .sketch import Estimator, restore_estimator
 
 
-_FORMAT = "1"
+_FORMAT = "2"
 _FIGURES = ("samples", "items", "tokens", "loss", "seconds", "bytes_sent")
 
 

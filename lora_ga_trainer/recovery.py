@@ -1,8 +1,7 @@
 """
-From a two-sided sketch of `G` to its strongest singular triplets, and how much of them the sketch holds. Pure maths.
+From two-sided sketches of `G` to its strongest singular triplets, and how much of them was found. Pure maths.
 
-The sketch is `Y = G T`, `Z = G^T L` with orthonormal `T (in, t)`, `L (out, t)`, and 16 Gaussian columns on each side
-that the recovery does not see.
+Leading dimensions are a batch of matrices of one shape.
 """
 
 from __future__ import annotations
@@ -13,7 +12,9 @@ import torch
 from torch import Tensor
 
 
-# Gaussian columns beside the bases in the second pass: held out of the recovery, they measure what it misses.
+# Singular values below this times the first hold 1e-8 of the energy: rounding, in fp32 sums and bf16 products alike.
+_NOISE = 1e-4
+# Gaussian columns beside the bases: held out of the recovery, they measure what it misses.
 HELD_OUT = 16
 
 
@@ -38,65 +39,91 @@ class TopSVD(NamedTuple):
         return min(self.S[:r].double().square().sum().item() / self.total, 1.0) if self.total > 0 else 0.0
 
 
+def merge(
+    T: Tensor,  # (..., in, k)
+    L: Tensor,  # (..., out, k)
+    S: Tensor,  # (..., k)
+    Y: Tensor,  # (..., out, k) = G T
+    Z: Tensor,  # (..., in, k) = G^T L
+) -> tuple[Tensor, Tensor, Tensor]:  # U (..., out, k), S (..., k), V (..., in, k)
+    """
+    Find the `k` strongest singular triplets of `L diag(S) T^T + G`, of a `G` that only its sketches tell of.
+
+    In orthonormal bases that begin with the spans of `T` and `L` and go on with those of `Z` and `Y`, the sketches are
+    the blocks `a, b, c` of `G = [[a, b], [c, d]]`. The block `d`, which no sketch has seen, is completed to
+    `c a^+ b`: it is that if `G` has rank k (generalised Nystrom: Nakatsukasa, arXiv 2009.11392). The pseudo-inverse
+    takes the stronger half of `a`; its weaker half would divide noise by noise.
+
+    Args:
+        T, L: test matrices of full rank.
+        S: what is known already, `L diag(S) T^T`.
+    """
+    k = T.shape[-1]
+    scale = torch.stack([t.abs().amax(dim=(-2, -1)) for t in (Y, Z, S[..., None])]).amax(dim=0)[..., None, None]
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    Q, of_Y = torch.linalg.qr(torch.cat([L, Y / scale], dim=-1))  # (..., out, q), (..., q, 2k)
+    P, of_Z = torch.linalg.qr(torch.cat([T, Z / scale], dim=-1))  # (..., in, p), (..., p, 2k)
+    R_L, R_T = of_Y[..., :k, :k], of_Z[..., :k, :k]
+    right = torch.linalg.solve_triangular(R_T, of_Y[..., k:], upper=True, left=False)  # [a; c] = Q^T G P_k
+    left = torch.linalg.solve_triangular(R_L, of_Z[..., k:], upper=True, left=False).mT  # [a, b] = Q_k^T G P
+    a, b, c = (right[..., :k, :] + left[..., :, :k]) / 2, left[..., :, k:], right[..., k:, :]
+    d = c @ _stronger_half_inverse(a) @ b
+    known = R_L @ (S[..., None] / scale * R_T.mT)
+    core = torch.cat([torch.cat([a + known, b], dim=-1), torch.cat([c, d], dim=-1)], dim=-2)
+    U, S, Vt = torch.linalg.svd(core)
+    return Q @ U[..., :k], S[..., :k] * scale[..., 0], P @ Vt[..., :k, :].mT
+
+
+def _stronger_half_inverse(
+    a: Tensor,  # (..., k, k)
+) -> Tensor:  # (..., k, k)
+    """Return the pseudo-inverse of the stronger half of `a`."""
+    m = (a.shape[-1] + 1) // 2
+    U, S, Vt = torch.linalg.svd(a)
+    U, S, V = U[..., :m], S[..., :m], Vt[..., :m, :].mT
+    signal = torch.gt(S, _NOISE * S[..., :1])
+    return V @ (torch.where(signal, 1 / torch.where(signal, S, 1.0), 0.0)[..., None] * U.mT)
+
+
 def recover(
-    T: Tensor,  # (in, t + 16): t orthonormal columns, then 16 Gaussian ones
+    T: Tensor,  # (in, t + 16): t test columns, then 16 Gaussian ones
     L: Tensor,  # (out, t + 16): the same on the other side
-    Y: Tensor,  # (out, t + 16) = G T
-    Z: Tensor,  # (in, t + 16) = G^T L
+    S: Tensor,  # (t,)
+    Y: Tensor,  # (out, t + 16): G T of what `S` does not hold; the last 16 of all
+    Z: Tensor,  # (in, t + 16): G^T L in the same way
     k: int,
 ) -> TopSVD:
-    """Recover the top `k` singular triplets of `G` from its second-pass sketches; all fp64."""
-    scale = max(Y.abs().max().item(), Z.abs().max().item())
-    if scale == 0:
-        zero = torch.zeros(k, dtype=torch.float32, device=Y.device)
-        return TopSVD(L[:, :k].float(), zero, T[:, :k].T.float(), total=0.0, kept=1.0)
-    Y, Z = Y / scale, Z / scale
+    """Recover the top `k` singular triplets of `L diag(S) T^T + G`, see [`merge`]; all fp64."""
     t = T.shape[1] - HELD_OUT
     (T, w), (L, z) = T.split([t, HELD_OUT], dim=1), L.split([t, HELD_OUT], dim=1)
     (Y, Gw), (Z, Gz) = Y.split([t, HELD_OUT], dim=1), Z.split([t, HELD_OUT], dim=1)
-    # One more half step of subspace iteration: Y spans more of U than L, Z more of V than T. Half the columns are
-    # kept; the least squares below needs more equations than unknowns.
-    m = max(k, t // 2)
-    Q = torch.linalg.svd(Y, full_matrices=False).U[:, :m]  # (out, m)
-    P = torch.linalg.svd(Z, full_matrices=False).U[:, :m]  # (in, m)
-    C = _core(L.T @ Q, Z.T @ P, T.T @ P, Y.T @ Q)
-    U_c, S, Vt_c = torch.linalg.svd(C)
-    U, S, Vt = Q @ U_c[:, :k], S[:k], (P @ Vt_c[:k].T).T
-    # ||U^T G||^2 = ||S||^2 + the part of U^T G outside V, measured on the held-out columns; the same for G V.
+    U, S, V = merge(T, L, S, Y, Z)
+    U, S, V, Vt = U[:, :k], S[:k], V[:, :k], V[:, :k].T
+    if not S[0] > 0:
+        return TopSVD(U.float(), S.float(), Vt.float(), total=0.0, kept=1.0)
+    # The columns that the recovery never saw measure what it missed: || M w ||^2 / 16 estimates || M ||^2.
+    scale = S[0]
+    S, Gw, Gz = S / scale, Gw / scale, Gz / scale
+    energy = lambda M: M.square().sum() / HELD_OUT
+    SVw, SUz = S[:, None] * (Vt @ w), S[:, None] * (U.T @ z)
     held = S.square().sum()
-    of_u = held + (U.T @ Gw - S[:, None] * (Vt @ w)).square().sum() / HELD_OUT
-    of_v = held + (Vt @ Gz - S[:, None] * (U.T @ z)).square().sum() / HELD_OUT
-    best = torch.maximum(of_u + of_v - held, torch.maximum(of_u, of_v))
-    kept = (torch.minimum(of_u, of_v) / best).item()
-    total = (_total(Y, Gw, T, w) + _total(Z, Gz, L, z)) / 2 * scale**2
+    of_u, of_v = held + energy(U.T @ Gw - SVw), held + energy(Vt @ Gz - SUz)  # || U^T G ||^2, || G V ||^2
+    kept = (torch.minimum(of_u, of_v) / (of_u + of_v - held)).item()
+    total = (held + (energy(Gw - U @ SVw) + energy(Gz - V @ SUz)) / 2) * scale**2
     return TopSVD(U.float(), (S * scale).float(), Vt.float(), total=total.item(), kept=kept)
 
 
-def _core(
-    LQ: Tensor,  # (t, m) = L^T Q
-    left: Tensor,  # (t, m) = L^T G P
-    TP: Tensor,  # (t, m) = T^T P
-    right: Tensor,  # (t, m) = T^T G^T Q
-) -> Tensor:  # (m, m)
+def top_svd(
+    G: Tensor,  # (out, in)
+    k: int,
+    start: Tensor,  # (in, more than k), Gaussian
+) -> TopSVD:
     """
-    Find the `C` with `G ~ Q C P^T` that fits both sketches best.
-
-    Minimising `||LQ C - left||^2 + ||TP C^T - right||^2` gives `LQ^T LQ C + C TP^T TP = LQ^T left + right^T TP`, a
-    Sylvester equation with symmetric coefficients: two eigendecompositions solve it.
+    Compute the top `k` singular triplets of a `G` that is known whole: subspace iteration (Halko, Martinsson, Tropp,
+    arXiv 0909.4061, algorithm 4.4), with no SVD larger than `start` has columns. All in the dtype of `G`.
     """
-    a, X = torch.linalg.eigh(LQ.T @ LQ)
-    b, W = torch.linalg.eigh(TP.T @ TP)
-    rhs = LQ.T @ left + right.T @ TP
-    denominator = a.clamp(min=0)[:, None] + b.clamp(min=0)[None, :]
-    denominator = denominator.clamp(min=1e-10 * denominator.max().item())
-    return X @ ((X.T @ rhs @ W) / denominator) @ W.T
-
-
-def _total(
-    Y: Tensor,  # (out, t) = G T
-    Gw: Tensor,  # (out, 16)
-    T: Tensor,  # (in, t), orthonormal
-    w: Tensor,  # (in, 16), Gaussian
-) -> Tensor:  # ()
-    """Estimate `||G||^2 = ||G T||^2 + ||G (I - T T^T)||^2`, the second term from the Gaussian columns."""
-    return Y.square().sum() + (Gw - Y @ (T.T @ w)).square().sum() / HELD_OUT
+    Q = torch.linalg.qr(G @ start).Q
+    for _ in range(6):
+        Q = torch.linalg.qr(G @ torch.linalg.qr(G.T @ Q).Q).Q
+    U, S, Vt = torch.linalg.svd(Q.T @ G, full_matrices=False)
+    return TopSVD(Q @ U[:, :k], S[:k], Vt[:k], total=G.double().square().sum().item(), kept=1.0)

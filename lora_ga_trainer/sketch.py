@@ -2,26 +2,29 @@
 Accumulators of a gradient `G = dL/dW (out, in)` that is only ever seen as pairs `(x, dy)` with `G = sum dy^T x`, or,
 for fused experts, as the gradient of one micro-batch after the other.
 
-`ExactGradient` keeps `G`. `SketchedGradient` keeps `G T (out, k)` and `G^T L (in, k)` for test matrices `T`, `L`:
-Gaussian in a first pass over the samples, orthonormal bases of what the first pass found in a second. That is the
-two-pass form of the range finder of Halko, Martinsson, Tropp (arXiv 0909.4061, section 4.5) on both sides of `G`; the
-small core is recovered by least squares as in Tropp, Yurtsever, Udell, Cevher (arXiv 1609.00048, section 4). Both
-kinds are linear in the data, so processes add their accumulators.
+`ExactGradient` keeps `G`. `SketchedGradient` sees every sample once and keeps `Y = G T (out, k)` and
+`Z = G^T L (in, k)` for test matrices `T`, `L`: Gaussian for the first sixteenth of the samples (a two-sided range
+finder, Halko, Martinsson, Tropp, arXiv 0909.4061), then, from each turning point on, the singular vectors of all that
+was seen before. At a turning point the sketches of the samples since the last one are completed to a matrix, whose sum
+with what was known is cut to rank k (`recovery.merge`). So the first samples, which a blind sketch shows least well,
+weigh least. Both kinds are linear in the data between turning points, so processes add their accumulators.
 
-Two passes and k = 6 * 2r were chosen by measuring (SmolLM2-135M, 16 GSM8K examples in 4 micro-batches, r = 8; the
-share of the energy of the best directions kept, mean over 41 layers and three seeds, the worst one in brackets):
+The turning points and k = 6 * 2r were chosen by measuring: SmolLM2-135M, r = 8, q, o, gate, up and down of layers 1,
+15 and 28, fp32, the first GSM8K examples; the share of the energy of the best directions kept, of the worse side; mean
+over the 15 matrices, the worst one in brackets.
 
-| estimator                            | top 16, worse side | directions 1-8, worse | directions 9-16, worse |
-|--------------------------------------|--------------------|-----------------------|------------------------|
-| one pass, k = 64, l = 128            | .986 (.963)        | .991 (.975)           | .870 (.785)            |
-| one pass, k = 128, l = 256           | .997 (.991)        | .998 (.994)           | .965 (.921)            |
-| 1.25 passes (bases of a quarter), 64 | .997 (.989)        | .999 (.994)           | .952 (.855)            |
-| 1.25 passes, k = 96                  | .999 (.994)        | 1.000 (.996)          | .975 (.921)            |
-| two passes, k = 32                   | .998 (.991)        | 1.000 (.997)          | .957 (.916)            |
-| two passes, k = 64                   | 1.000 (.999)       | 1.000 (1.000)         | .995 (.986)            |
-| **two passes, k = 96**               | **1.000 (1.000)**  | **1.000 (1.000)**     | **.999 (.996)**        |
+| samples, turning points, k                 | top 16        | directions 1-8 | directions 9-16 |
+|--------------------------------------------|---------------|----------------|-----------------|
+| 64, none, 96                               | .996 (.992)   | .998 (.996)    | .955 (.935)     |
+| 64, a second pass over all, 96             | 1.000 (1.000) | 1.000 (1.000)  | 1.000 (.999)    |
+| 64, 1/16 1/4, 96                           | 1.000 (1.000) | 1.000 (1.000)  | .996 (.988)     |
+| 64, 1/8 1/4 1/2, 96                        | 1.000 (1.000) | 1.000 (1.000)  | .996 (.994)     |
+| **64, 1/16 1/4 1/2, 96**                   | 1.000 (1.000) | 1.000 (1.000)  | .997 (.994)     |
+| 64, 1/16 1/8 1/4 1/2, 96                   | 1.000 (1.000) | 1.000 (1.000)  | .998 (.995)     |
+| 64, 1/16 1/4 1/2, 64                       | 1.000 (.999)  | 1.000 (1.000)  | .993 (.985)     |
+| 16, 1/16 1/8 1/4 1/2, 96                   | 1.000 (.999)  | 1.000 (1.000)  | .994 (.983)     |
 
-Only the last keeps 0.99 in every layer of `A`'s directions and of `B`'s (9-16), on the input and on the output side.
+The marked one is the cheapest that keeps 0.99 in every matrix of `A`'s directions (1-8) and of `B`'s (9-16).
 """
 
 from __future__ import annotations
@@ -34,7 +37,12 @@ import torch
 from torch import Tensor
 
 from .config import LoRAGAConfig
-from .recovery import HELD_OUT, TopSVD, recover
+from .recovery import HELD_OUT, TopSVD, merge, recover, top_svd
+
+
+# Shares of the samples after which the test matrices are made anew from what was seen.
+_TURNING_POINTS = (1 / 16, 1 / 4, 1 / 2)
+_STACKED_BYTES = 2**28  # that sketches of one shape may take together while they are merged
 
 
 class Estimator(Protocol):
@@ -49,7 +57,7 @@ class Estimator(Protocol):
     dtype: torch.dtype  # that products are computed in; known once something was added
 
     def place(self, device: torch.device) -> None:
-        """Live on `device` from now on; nothing has been added in this pass."""
+        """Live on `device` from now on."""
 
     def add(self, x: Tensor, dy: Tensor, weight: float) -> None:
         """Add `weight * dy^T x` for `x (N, in)`, `dy (N, out)`."""
@@ -58,15 +66,7 @@ class Estimator(Protocol):
         """Add `weight * G` for a `G (out, in)` that was formed elsewhere."""
 
     def sums(self) -> list[Tensor]:
-        """Return what processes add up at the end of a pass."""
-
-    def turn(self, compute: bool = True) -> list[Tensor]:
-        """
-        Begin the second pass, after the sums of the first were added up. Sketches only.
-
-        Returns:
-            The new test matrices; where they are not to be computed, room for those of another process.
-        """
+        """Return what processes add up at the end."""
 
     def divide(self, items: float) -> None:
         """Turn the sum into the mean."""
@@ -104,9 +104,6 @@ class ExactGradient:
     def sums(self) -> list[Tensor]:
         return [self.G]
 
-    def turn(self, compute: bool = True) -> list[Tensor]:
-        raise TypeError("An exact gradient needs no second pass.")
-
     def divide(self, items: float) -> None:
         self.G.div_(items)
 
@@ -114,16 +111,19 @@ class ExactGradient:
         return {"G": self.G}
 
     def svd(self, k: int) -> TopSVD:
+        columns = 6 * k
+        if columns < min(self.G.shape):
+            return top_svd(self.G, k, gaussian(self.G.shape[1], columns, 0, self.G.device))
         U, S, Vt = torch.linalg.svd(self.G, full_matrices=False)
         return TopSVD(U[:, :k], S[:k], Vt[:k], total=S.double().square().sum().item(), kept=1.0)
 
 
 class SketchedGradient:
     """
-    `Y = G T (out, k)` and `Z = G^T L (in, k)`, in fp32.
+    `Y = G T (out, k + 16)` and `Z = G^T L (in, k + 16)`, in fp32, and `S (k,)`.
 
-    In the first pass `T (in, k)` and `L (out, k)` are Gaussian and shared by all layers of one shape; `turn` replaces
-    them by orthonormal bases of `Z` and `Y`, with 16 Gaussian columns that measure what the bases miss.
+    The first k columns are those of the samples since the last turning point; those before are known as
+    `L diag(S) T^T`. The last 16 columns stay Gaussian, gather all samples, and measure what the recovery misses.
     """
 
     sketched = True
@@ -132,29 +132,28 @@ class SketchedGradient:
         out_features, in_features = shape
         self.k, self.seed = k, seed
         self.dtype = torch.float32
-        self.T = gaussian(in_features, k, seed, torch.device("cpu"))
-        self.L = gaussian(out_features, k, seed + 1, torch.device("cpu"))
-        self._start_pass()
+        self.turned = False
+        self._draw(out_features, in_features, torch.device("cpu"))
+        self.S = torch.zeros(k)
+        self.Y, self.Z = torch.zeros(out_features, k + HELD_OUT), torch.zeros(in_features, k + HELD_OUT)
+
+    def _draw(self, out_features: int, in_features: int, device: torch.device) -> None:
+        """Take the Gaussian matrices, which layers of one shape share."""
+        self.T = gaussian(in_features, self.k + HELD_OUT, self.seed, device)
+        self.L = gaussian(out_features, self.k + HELD_OUT, self.seed + 1, device)
 
     def place(self, device: torch.device) -> None:
         if self.Y.device == device:
             return
-        if self.T.shape[1] == self.k:  # the first pass: the copy on the device is shared, too
-            out_features, in_features = self.L.shape[0], self.T.shape[0]
-            self.T = gaussian(in_features, self.k, self.seed, device)
-            self.L = gaussian(out_features, self.k, self.seed + 1, device)
-        else:
+        if self.turned:
             self.T, self.L = self.T.to(device), self.L.to(device)
-        self._start_pass()
-
-    def _start_pass(self) -> None:
-        self.Y = torch.zeros(self.L.shape[0], self.T.shape[1], dtype=torch.float32, device=self.T.device)
-        self.Z = torch.zeros(self.T.shape[0], self.L.shape[1], dtype=torch.float32, device=self.T.device)
+        else:
+            self._draw(self.L.shape[0], self.T.shape[0], device)
+        self.S, self.Y, self.Z = self.S.to(device), self.Y.to(device), self.Z.to(device)
 
     def add(self, x: Tensor, dy: Tensor, weight: float) -> None:
         x, dy = _one_dtype(x, dy)
-        if self.T.dtype != x.dtype:  # rounded once, and the rounded matrices are what the recovery uses
-            self.T, self.L, self.dtype = _cast(self.T, x.dtype), _cast(self.L, x.dtype), x.dtype
+        self._compute_in(x.dtype)
         _add_product(self.Y, dy, x @ self.T, weight)  # G T = sum dy^T (x T)
         _add_product(self.Z, x, dy @ self.L, weight)  # G^T L = sum x^T (dy L)
 
@@ -163,6 +162,12 @@ class SketchedGradient:
         self.Y.addmm_(G, self.T.to(G), alpha=weight)
         self.Z.addmm_(G.T, self.L.to(G), alpha=weight)
 
+    def _compute_in(self, dtype: torch.dtype) -> None:
+        """Round the test matrices once: the rounded ones are what the recovery uses."""
+        self.dtype = dtype
+        if self.T.dtype != dtype:
+            self.T, self.L = _cast(self.T, dtype), _cast(self.L, dtype)
+
     @property
     def directions(self) -> int:
         return self.k
@@ -170,35 +175,54 @@ class SketchedGradient:
     def sums(self) -> list[Tensor]:
         return [self.Y, self.Z]
 
-    def turn(self, compute: bool = True) -> list[Tensor]:
-        self.T, self.L = (
-            self._second_matrix(self.Z, self.seed + 2, compute),
-            self._second_matrix(self.Y, self.seed + 3, compute),
-        )
-        self._start_pass()
-        return [self.T, self.L]
+    def since_last_turn(self) -> list[Tensor]:
+        """Return what processes add up at a turning point."""
+        return [self.Y[:, : self.k], self.Z[:, : self.k]]
 
-    def _second_matrix(
-        self,
-        found: Tensor,  # (n, k)
-        seed: int,
-        compute: bool,
-    ) -> Tensor:  # (n, k + 16), in the dtype that the first pass computed in
-        if not compute:
-            return found.new_empty(found.shape[0], self.k + HELD_OUT, dtype=self.dtype)
-        basis = torch.linalg.qr(_wide(found)).Q.to(found.device, self.dtype)
-        held_out = gaussian(basis.shape[0], HELD_OUT, seed, found.device).to(self.dtype)
-        return torch.cat([basis, held_out], dim=1)
+    def known(self) -> list[Tensor]:
+        """Return what a turning point changes, which one process computes for all."""
+        return [self.T[:, : self.k], self.L[:, : self.k], self.S]
+
+    def start_anew(self, U: Tensor, S: Tensor, V: Tensor) -> None:
+        """Know `U diag(S) V^T` from now on, and see the samples that come through `V (in, k)` and `U (out, k)`."""
+        self._compute_in(self.dtype)
+        self.T = torch.cat([V.to(self.T), self.T[:, self.k :]], dim=1)
+        self.L = torch.cat([U.to(self.L), self.L[:, self.k :]], dim=1)
+        self.S = S.to(self.S)
+        self.turned = True
+        for sketch in self.since_last_turn():
+            sketch.zero_()
+
+    def await_owner(self) -> None:
+        """Make room for what another process computes at this turning point."""
+        self.start_anew(*(torch.empty_like(part) for part in (self.L[:, : self.k], self.S, self.T[:, : self.k])))
 
     def divide(self, items: float) -> None:
-        self.Y.div_(items)
-        self.Z.div_(items)
+        for part in (self.S, self.Y, self.Z):
+            part.div_(items)
 
     def state(self) -> dict[str, Tensor]:
-        return {"T": self.T, "L": self.L, "Y": self.Y, "Z": self.Z}
+        return {"T": self.T, "L": self.L, "S": self.S, "Y": self.Y, "Z": self.Z}
 
     def svd(self, k: int) -> TopSVD:
-        return recover(*(_wide(tensor) for tensor in (self.T, self.L, self.Y, self.Z)), k)
+        return recover(*(_wide(t) for t in self.state().values()), k)
+
+
+def turn(sketches: Sequence[SketchedGradient]) -> None:
+    """Make the test matrices of `sketches` anew from what they have seen; those of one shape together."""
+    groups: dict[tuple, list[SketchedGradient]] = {}
+    for sketch in sketches:
+        groups.setdefault((sketch.Y.shape, sketch.Z.shape, sketch.Y.device, sketch.dtype), []).append(sketch)
+    for (*_, dtype), group in groups.items():
+        stack = max(1, _STACKED_BYTES // (16 * (group[0].Y.numel() + group[0].Z.numel())))
+        for first in range(0, len(group), stack):
+            some = group[first : first + stack]
+            for sketch in some:
+                sketch._compute_in(dtype)
+            T, L, S = (torch.stack([_narrow(sketch.known()[i]) for sketch in some]) for i in range(3))
+            Y, Z = (torch.stack([_narrow(sketch.since_last_turn()[i]) for sketch in some]) for i in range(2))
+            for sketch, *triplets in zip(some, *merge(T, L, S, Y, Z), strict=True):
+                sketch.start_anew(*triplets)
 
 
 @lru_cache(maxsize=64)
@@ -238,9 +262,20 @@ def _add_product(
         total.add_(left.T @ right, alpha=weight)
 
 
+def _narrow(tensor: Tensor) -> Tensor:
+    """Return `tensor` in fp32, on the CPU where the device has no factorisations."""
+    return tensor.float().cpu() if tensor.device.type == "mps" else tensor.float()
+
+
 def _wide(tensor: Tensor) -> Tensor:
     """Return `tensor` in fp64, on the CPU where the device has none."""
     return tensor.cpu().double() if tensor.device.type == "mps" else tensor.double()
+
+
+def turning_points(samples: int) -> list[int]:
+    """Return the numbers of samples after which sketches turn, increasing; the last is `samples` itself."""
+    points = {int(samples * share) for share in _TURNING_POINTS} | {samples}
+    return sorted(point for point in points if point > 0)
 
 
 def sketch_columns(config: LoRAGAConfig, rank: int) -> int:
@@ -249,7 +284,11 @@ def sketch_columns(config: LoRAGAConfig, rank: int) -> int:
 
 
 def is_sketched(shape: tuple[int, int], k: int) -> bool:
-    """Tell whether two passes of sketching, `8 k (in + out)` operations a token, cost less than `2 in out` for `G`."""
+    """
+    Tell whether a sketch is worth it: `4 k (in + out)` operations a token against `2 in out` for `G`.
+
+    It has to save half of them, which pays for the turning points; in memory it saves half, too.
+    """
     out_features, in_features = shape
     return in_features * out_features > 4 * k * (in_features + out_features)
 
@@ -295,15 +334,20 @@ def restore_estimator(state: dict[str, Tensor], shape: tuple[int, int]) -> Estim
         exact = ExactGradient((0, 0))
         exact.G = state["G"]
         return exact
-    columns = state["T"].shape[-1]
-    if columns <= HELD_OUT:
-        raise KeyError(f"T has {columns} columns, a sketch has more than {HELD_OUT}")
+    k = state["T"].shape[-1] - HELD_OUT
+    if not 0 < k <= min(shape):
+        raise KeyError(f"T has {k + HELD_OUT} columns, a sketch of {out_features} x {in_features} can't")
     _require_shape(
-        state, T=(in_features, columns), L=(out_features, columns), Y=(out_features, columns), Z=(in_features, columns)
+        state,
+        T=(in_features, k + HELD_OUT),
+        L=(out_features, k + HELD_OUT),
+        S=(k,),
+        Y=(out_features, k + HELD_OUT),
+        Z=(in_features, k + HELD_OUT),
     )
     sketch = SketchedGradient.__new__(SketchedGradient)
-    sketch.k, sketch.seed, sketch.dtype = columns - HELD_OUT, 0, state["T"].dtype
-    sketch.T, sketch.L, sketch.Y, sketch.Z = (state[name] for name in ("T", "L", "Y", "Z"))
+    sketch.k, sketch.seed, sketch.dtype, sketch.turned = k, 0, state["T"].dtype, True
+    sketch.T, sketch.L, sketch.S, sketch.Y, sketch.Z = (state[name] for name in ("T", "L", "S", "Y", "Z"))
     return sketch
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import reference
 import torch
 from torch import Tensor
 
 from lora_ga_trainer import LoRAGAConfig
-from lora_ga_trainer.recovery import TopSVD
+from lora_ga_trainer.recovery import TopSVD, merge
 from lora_ga_trainer.sketch import (
     ExactGradient,
     SketchedGradient,
@@ -17,6 +18,8 @@ from lora_ga_trainer.sketch import (
     make_estimators,
     restore_estimator,
     sketch_columns,
+    turn,
+    turning_points,
 )
 
 
@@ -24,23 +27,22 @@ CPU = torch.device("cpu")
 SHAPE = (1024, 1280)
 
 
-def pairs(spectrum: Tensor, tokens: int = 512, seed: int = 0, shape: tuple[int, int] = SHAPE) -> list[tuple]:
-    """Make four micro-batches `(x, dy)` whose `sum dy^T x` has exactly the singular values `spectrum`."""
+def pairs(spectrum: Tensor, tokens: int = 2048, seed: int = 0, shape: tuple[int, int] = SHAPE) -> list[tuple]:
+    """Make 16 micro-batches `(x, dy)` whose `sum dy^T x` has exactly the singular values `spectrum`."""
     generator = torch.Generator().manual_seed(seed)
     draw = lambda n, k: torch.linalg.qr(torch.randn(n, k, generator=generator)).Q
     rank = spectrum.shape[0]
     U, V, mix = draw(shape[0], rank), draw(shape[1], rank), draw(tokens, rank)
     dy, x = (mix * spectrum.float()) @ U.T, mix @ V.T
-    return list(zip(x.chunk(4), dy.chunk(4), strict=True))
+    return list(zip(x.chunk(16), dy.chunk(16), strict=True))
 
 
 def run(estimator: SketchedGradient | ExactGradient, data: list[tuple], weight: float = 1.0) -> None:
-    for x, dy in data:
+    """Add the micro-batches one by one, as the probe does."""
+    for number, (x, dy) in enumerate(data):
+        if estimator.sketched and number in turning_points(len(data)):
+            turn([estimator])
         estimator.add(x, dy, weight)
-    if estimator.sketched:
-        estimator.turn()
-        for x, dy in data:
-            estimator.add(x, dy, weight)
 
 
 def gradient(data: list[tuple]) -> Tensor:
@@ -121,7 +123,7 @@ def test_sketch_of_a_union_is_the_sum_of_sketches() -> None:
     whole, left, right = (SketchedGradient(SHAPE, k=32) for _ in range(3))
     for x, dy in data:
         whole.add(x, dy, 0.5)
-    for estimator, half in ((left, data[:2]), (right, data[2:])):
+    for estimator, half in ((left, data[:6]), (right, data[6:])):
         for x, dy in half:
             estimator.add(x, dy, 0.5)
     for total, a, b in zip(whole.sums(), left.sums(), right.sums(), strict=True):
@@ -234,14 +236,112 @@ def test_a_restored_estimator_gives_bitwise_the_same(kind: str) -> None:
         restore_estimator(estimator.state(), (320, 256))
 
 
-def test_the_second_pass_computes_in_the_dtype_of_the_first() -> None:
+def test_turned_matrices_keep_the_dtype_of_the_data() -> None:
     """Bases in bf16 from the start: nothing is cast, and so nothing kept twice, layer by layer."""
     data = [(x.bfloat16(), dy.bfloat16()) for x, dy in pairs(torch.tensor([3.0, 2.0, 1.0]))]
     estimator = SketchedGradient(SHAPE, k=32)
     for x, dy in data:
         estimator.add(x, dy, 1.0)
-    estimator.turn()
+    turn([estimator])
     assert estimator.T.dtype is estimator.L.dtype is torch.bfloat16
     before = estimator.T
     estimator.add(*data[0], 1.0)
     assert estimator.T is before
+
+
+def test_turning_points_are_shares_of_the_samples() -> None:
+    assert turning_points(64) == [4, 16, 32, 64]
+    assert turning_points(5) == [1, 2, 5]
+    assert turning_points(1) == [1]
+
+
+def sketches_of(G: Tensor, k: int, orthonormal: bool, seed: int = 0) -> tuple[Tensor, ...]:
+    """Return `T, L, Y, Z` of `G` in fp64."""
+    generator = torch.Generator().manual_seed(seed)
+    T, L = (torch.randn(n, k, generator=generator, dtype=torch.float64) for n in (G.shape[1], G.shape[0]))
+    if orthonormal:
+        T, L = torch.linalg.qr(T).Q, torch.linalg.qr(L).Q
+    return T, L, G @ T, G.T @ L
+
+
+@pytest.mark.parametrize("orthonormal", [True, False])
+@pytest.mark.parametrize("known", [0.0, 0.5])
+def test_merging_is_the_completion_of_the_reference(orthonormal: bool, known: float) -> None:
+    k = 12
+    generator = torch.Generator().manual_seed(1)
+    G = torch.randn(70, 90, generator=generator, dtype=torch.float64) / (1 + torch.arange(90.0)).double()
+    T, L, Y, Z = sketches_of(G, k, orthonormal)
+    S = known * torch.linspace(3.0, 1.0, k, dtype=torch.float64)
+    U, found, V = merge(T, L, S, Y, Z)
+    true = reference.completed_from_sketches(T, L, Y, Z, k // 2) + L @ S.diag() @ T.T
+    torch.testing.assert_close(U @ found.diag() @ V.T, reference.best_rank(true, k), rtol=0, atol=1e-9)
+    torch.testing.assert_close(found, torch.linalg.svdvals(true)[:k], rtol=1e-9, atol=1e-10)
+    for basis in (U, V):
+        torch.testing.assert_close(basis.T @ basis, torch.eye(k, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("rank", [1, 6])
+def test_merging_loses_nothing_of_a_matrix_of_half_the_rank(rank: int) -> None:
+    """Blind sketches of `k` columns hold a `G` of rank `k / 2` whole, and add it to what was known to the last bit."""
+    k = 12
+    generator = torch.Generator().manual_seed(2)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+    G = draw(70, rank) @ draw(rank, 90)
+    for orthonormal in (True, False):
+        T, L, Y, Z = sketches_of(G, k, orthonormal)
+        S = torch.tensor([2.0, 1.0] + [0.0] * (k - 2), dtype=torch.float64)
+        U, found, V = merge(T, L, S, Y, Z)
+        torch.testing.assert_close(U @ found.diag() @ V.T, G + L @ S.diag() @ T.T, rtol=0, atol=1e-10)
+
+
+def test_a_batch_of_matrices_is_merged_as_each_alone() -> None:
+    data = [sketches_of(torch.randn(40, 50, dtype=torch.float64) * scale, 8, True, seed=3) for scale in (1.0, 1e-9, 0)]
+    S = torch.zeros(8, dtype=torch.float64)
+    T, L, Y, Z = (torch.stack(part) for part in zip(*data, strict=True))
+    together = merge(T, L, torch.stack([S] * 3), Y, Z)
+    for number, (T, L, Y, Z) in enumerate(data):
+        U, found, V = merge(T, L, S, Y, Z)
+        torch.testing.assert_close(together[1][number], found, rtol=1e-12, atol=0)
+        product = lambda U, S, V: U @ S.diag() @ V.T
+        torch.testing.assert_close(product(*(part[number] for part in together)), product(U, found, V))
+
+
+def test_two_shapes_turn_in_one_call() -> None:
+    """Layers are merged together by shape; each gets its own."""
+    shapes = [(1024, 1280), (1024, 1280), (768, 1280)]
+    data = [pairs(SPECTRA["decaying"](), seed=seed, shape=shape) for seed, shape in enumerate(shapes)]
+    alone, together = ([SketchedGradient(shape, k=32) for shape in shapes] for _ in range(2))
+    for estimators in (alone, together):
+        for estimator, batches in zip(estimators, data, strict=True):
+            estimator.add(*batches[0], 1.0)
+    for estimator in alone:
+        turn([estimator])
+    turn(together)
+    for a, b in zip(alone, together, strict=True):
+        torch.testing.assert_close(a.S, b.S, rtol=1e-5, atol=0)
+        known = [(e.L[:, :32] * e.S) @ e.T[:, :32].T for e in (a, b)]
+        torch.testing.assert_close(*known, rtol=0, atol=1e-5 * a.S[0].item())
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_a_gradient_known_whole_needs_no_large_svd(spectrum: str) -> None:
+    """Subspace iteration gives the triplets of the full SVD, which a GPU takes seconds a layer for."""
+    S = SPECTRA[spectrum]()
+    exact = ExactGradient(SHAPE)
+    run(exact, pairs(S))
+    top = exact.svd(16)
+    torch.testing.assert_close(top.S, S[:16], rtol=1e-4, atol=0)
+    for low, high in ((0, 8), (8, 16)):
+        assert energy_kept(exact.G, top, S, low, high) > 0.99999
+    assert top.share(16) == pytest.approx((S[:16].square().sum() / S.square().sum()).item(), abs=1e-5)
+
+
+def test_no_svd_is_larger_than_the_sketch(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    svd = torch.linalg.svd
+    monkeypatch.setattr(torch.linalg, "svd", lambda M, **kw: sizes.append(min(M.shape[-2:])) or svd(M, **kw))
+    for estimator in (ExactGradient(SHAPE), SketchedGradient(SHAPE, k=96)):
+        run(estimator, pairs(SPECTRA["decaying"]()))
+        estimator.svd(16)
+    assert sizes
+    assert max(sizes) <= 2 * 96

@@ -323,7 +323,7 @@ def policy_loss(model: nn.Module, slices: list[dict[str, Tensor]]) -> Tensor:
 def test_grpo_writes_each_completion_once_and_gives_the_policy_gradient(
     trl: ModuleType, estimator: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A writing of 8 completions serves two micro-batches of 4; a sketch's second pass sees what the first one saw."""
+    """A writing of 8 completions serves two micro-batches of 4, which a turning point inside one does not change."""
     written = []
     judge = reward
     monkeypatch.setattr(
@@ -338,19 +338,14 @@ def test_grpo_writes_each_completion_once_and_gives_the_policy_gradient(
     estimate = estimate_gradients(trainer, config)
     assert estimate.samples == 12
     assert any(e.sketched for e in estimate.estimators.values()) == (estimator == "sketch")
-    passes = [slices[:3], slices[3:]]
-    texts = lambda part: [inputs["completion_ids"].tolist() for inputs in part]
-    assert len({str(text) for text in texts(passes[0])}) == 3, "three different slices"
-    if estimator == "sketch":
-        assert texts(passes[1]) == texts(passes[0])
-        assert len(written) == 4
-        assert written[2:] == written[:2]
-        return
+    texts = [str(inputs["completion_ids"].tolist()) for inputs in slices]
+    assert len(texts) == len(set(texts)) == 3, "three different slices"
     assert len(written) == 2
-    assert passes[1] == []
+    if estimator == "sketch":
+        return
     found = {name: estimator.state()["G"].double() for name, estimator in estimate.estimators.items()}
     plain = tiny.llama()
-    true = reference.whole_sample_gradient(plain, list(found), lambda: policy_loss(plain, passes[0]))
+    true = reference.whole_sample_gradient(plain, list(found), lambda: policy_loss(plain, slices))
     assert_equal_gradients(found, true, rtol=1e-5)
 
 
