@@ -72,7 +72,7 @@ class LoRAGAConfig:
     sketch_size: int | None = field(
         default=None,
         metadata={
-            "help": "Columns k of the sketch, at least 2r. Default: 12 times the largest rank; lora_ga_trainer.sketch "
+            "help": "Columns k of the sketch, at least 2r. Default: 8 times the largest rank; lora_ga_trainer.sketch "
             "says what each size keeps."
         },
     )

@@ -43,9 +43,9 @@ logger = logging.getLogger(__name__)
 FP16_LOSS_SCALES = (2.0**16, 2.0**8, 1.0)
 # What products can be computed in; the later one wins where processes differ.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+_UNCHANGED = "No weight was changed."
 _POISON_ADVICE = (
-    "No weight was changed. Look for empty or extreme examples in that batch, or train in bf16 or fp32 instead of "
-    "fp16."
+    f"{_UNCHANGED} Look for empty or extreme examples in that batch, or train in bf16 or fp32 instead of fp16."
 )
 
 
@@ -188,7 +188,7 @@ class _Probe:
             if piece.part > part:
                 self._turn(sketches)
                 part = piece.part
-            self._step(number, piece)
+            self._step_together(number, piece)
             bar.update(piece.samples)
 
     def _collect(self, index: int, x: Tensor, dy: Tensor) -> None:
@@ -209,6 +209,22 @@ class _Probe:
     def _meet(self, index: int) -> None:
         self.hits[index] += 1
         self.met.append(index)
+
+    def _step_together(self, number: int, piece: Piece) -> None:
+        """Take a step; where one process fails all do, instead of waiting for it in the next collective."""
+        error = None
+        try:
+            self._step(number, piece)
+        except Exception as raised:
+            error = _with_advice(raised)
+        code = 0 if error is None else 2 if isinstance(error, NonFiniteGradient) else 1
+        codes = [row[0] for row in gather_integers(self.trainer, code)]
+        if error is not None:
+            raise error
+        if any(codes):
+            kind = NonFiniteGradient if max(codes) == 2 else RuntimeError
+            failed = [rank for rank, code in enumerate(codes) if code]
+            raise kind(f"Probe batch {number} failed on process {failed[0]}, whose error says why. {_UNCHANGED}")
 
     def _step(self, number: int, piece: Piece) -> None:
         items = count_items(self.trainer, piece)
@@ -316,6 +332,22 @@ class _Probe:
             leave=False,
             disable=self.trainer.args.disable_tqdm or not self.trainer.is_world_process_zero(),
         )
+
+
+def _with_advice(error: Exception) -> Exception:
+    """Return the error; where memory ran out, one of its type that also says what to change."""
+    text = str(error)
+    if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in text:
+        return error
+    # The first sentence is the allocator's: `auto_find_batch_size` looks for its words.
+    advice = type(error)(
+        f"{text}\nThis was in the probe of LoRA-GA, which holds its sketches, and what one micro-batch of training "
+        f"holds. {_UNCHANGED} Lower per_device_train_batch_size (and raise "
+        "gradient_accumulation_steps), turn on gradient_checkpointing, or lower LoRAGAConfig.sketch_size; fewer "
+        "num_samples do not help."
+    )
+    advice.__cause__ = error
+    return advice
 
 
 def _uses_fp16(trainer: Trainer, layers: Sequence[AdaptedLayer]) -> bool:

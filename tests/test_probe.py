@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-import random
 from typing import Any
 
-import numpy as np
 import pytest
 import reference
 import tiny
 import torch
 from peft import PeftModel
+from spy import Spy
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from transformers import Trainer
@@ -318,41 +317,6 @@ def test_probe_dataset_stands_in_for_the_train_dataset(tmp_path: Any) -> None:
     assert trainer.train_dataset is rows
     true = reference.whole_sample_gradient(plain, list(found), lambda: causal_loss(plain, others))
     assert_equal_gradients(found, true)
-
-
-class Spy:
-    """Everything of a run that a probe could disturb."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        model = trainer.model
-        self.seen = {
-            "requires_grad": [p.requires_grad for p in model.parameters()],
-            "has_grad": [p.grad is not None for p in model.parameters()],
-            "grad": [p.grad.clone() for p in model.parameters() if p.grad is not None],
-            "values": [p.detach().clone() for p in model.parameters()],
-            "buffers": [b.clone() for b in model.buffers()],
-            "modes": [m.training for m in model.modules()],
-            "hooks": [len(m._forward_hooks) + len(m._backward_hooks) for m in model.modules()],
-            "dropouts": [m.p for m in model.modules() if isinstance(m, nn.Dropout)],
-            "attention_dropout": getattr(model.config, "attention_dropout", None),
-            "python": random.getstate(),
-            "numpy": np.random.get_state()[1].tolist(),
-            "torch": torch.get_rng_state(),
-            "loaders": list(trainer.accelerator._dataloaders),
-            "references": list(trainer.accelerator.gradient_state.dataloader_references),
-            "sync": trainer.accelerator.gradient_state.sync_gradients,
-            "average": trainer.args.average_tokens_across_devices,
-            "stance": torch._dynamo.eval_frame._stance.stance,
-        }
-
-    def assert_same(self, other: Spy) -> None:
-        for name, value in self.seen.items():
-            if isinstance(value, Tensor):
-                assert torch.equal(value, other.seen[name]), name
-            elif isinstance(value, list) and value and isinstance(value[0], Tensor):
-                assert all(torch.equal(a, b) for a, b in zip(value, other.seen[name], strict=True)), name
-            else:
-                assert value == other.seen[name], name
 
 
 @pytest.mark.parametrize("fails", [False, True])

