@@ -1,0 +1,146 @@
+"""
+Measure what an anchored adapter costs in training, beside plain LoRA of the same rank.
+
+    python recipes/benchmarks/anchored.py --model llama2048 --output anchored.json
+    python recipes/benchmarks/anchored.py --quick                                    # tiny, seconds: shows it works
+
+An anchored adapter of rank r is stored with rank 2r (`lora_ga_trainer.anchor`), half of one factor frozen. Two copies of
+one base take training steps with AdamW in turn, the one that is first changing every round; a ratio is that of two steps
+of one round. Two processes measure the peak memory of a step each. A GPU is used where there is one.
+"""
+
+import argparse
+import copy
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from comparison.environment import environment
+from comparison.memory import PeakMemory
+from cost_models import MODELS
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from lora_ga_trainer import LoRAGAConfig
+from lora_ga_trainer.layers import find_adapted_layers
+from lora_ga_trainer.prepare import prepare_adapter
+from lora_ga_trainer.start import start_values
+
+
+KINDS = ("plain", "anchored")
+
+
+def adapted(base: nn.Module, kind: str, rank: int) -> PeftModel:
+    """Adapt all linear layers; both kinds begin with factors that are not zero, so that nothing is skipped."""
+    model = get_peft_model(base, LoraConfig(r=rank, target_modules="all-linear"))
+    if kind == "anchored":
+        prepare_adapter(model, LoRAGAConfig())
+    with torch.no_grad():
+        for layer in find_adapted_layers(model):
+            out_features, in_features = layer.shape
+            B0, A0 = torch.randn(out_features, rank) * 0.02, torch.randn(rank, in_features) * 0.02
+            for parameter, value in start_values(layer, B0, A0):
+                parameter.copy_(value)
+    return model
+
+
+class Training:
+    """A model and what trains it."""
+
+    def __init__(self, model: PeftModel) -> None:
+        self.model = model
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(parameters, lr=1e-7, weight_decay=0.0)
+
+    def step(self, ids: Tensor) -> float:
+        """Take one step; return its seconds."""
+        begin = clock(ids.device)
+        self.model(input_ids=ids, labels=ids).loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return clock(ids.device) - begin
+
+
+def clock(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def make(args: argparse.Namespace) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(args.seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    base = MODELS[args.model](getattr(torch, args.dtype)).to(device)
+    return base, torch.randint(0, 4096, (args.rows, args.tokens), device=device)
+
+
+def times(args: argparse.Namespace) -> list[dict[str, float]]:
+    base, ids = make(args)
+    trainings = {kind: Training(adapted(copy.deepcopy(base), kind, args.rank)) for kind in KINDS}
+    for training in trainings.values():
+        training.step(ids)  # allocates states
+    rounds = []
+    for number in range(args.rounds):
+        order = KINDS if number % 2 == 0 else KINDS[::-1]
+        rounds.append({kind: trainings[kind].step(ids) for kind in order})
+    return rounds
+
+
+def memory(args: argparse.Namespace) -> dict[str, int]:
+    """Return the peak of the second step; the first one allocates the optimizer's states."""
+    base, ids = make(args)
+    training = Training(adapted(base, args.worker, args.rank))
+    training.step(ids)
+    peak = PeakMemory()
+    training.step(ids)
+    return {"peak": peak.bytes()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="llama2048")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--rows", type=int, default=1)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="a tiny model, 3 rounds")
+    parser.add_argument("--output", help="a JSON file for the figures")
+    parser.add_argument("--worker", choices=KINDS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.quick:
+        args.model, args.rounds, args.tokens = "tiny", 3, 32
+    if args.worker:
+        print(json.dumps(memory(args)))
+        return
+    peaks = {}
+    for kind in KINDS:
+        command = [sys.executable, __file__, *sys.argv[1:], "--worker", kind]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        peaks[kind] = json.loads(done.stdout.splitlines()[-1])["peak"]
+    rounds = times(args)
+    ratios = sorted(row["anchored"] / row["plain"] for row in rounds)
+    quarter = len(ratios) // 4
+    summary = {
+        "anchored / plain": statistics.median(ratios),
+        "middle half": [ratios[quarter], ratios[-1 - quarter]],
+        "extremes": [ratios[0], ratios[-1]],
+        "plain_seconds": statistics.median(row["plain"] for row in rounds),
+        "peaks": peaks,
+    }
+    print(json.dumps(summary))
+    if args.output:
+        result = {"arguments": vars(args), **environment(), "summary": summary, "rounds": rounds}
+        Path(args.output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
