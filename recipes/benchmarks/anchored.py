@@ -4,9 +4,9 @@ Measure what an anchored adapter costs in training, beside plain LoRA of the sam
     python recipes/benchmarks/anchored.py --model llama2048 --output anchored.json
     python recipes/benchmarks/anchored.py --quick                                    # tiny, seconds: shows it works
 
-An anchored adapter of rank r is stored with rank 2r (`lora_ga_trainer.anchor`), half of one factor frozen. Two copies of
-one base take training steps with AdamW in turn, the one that is first changing every round; a ratio is that of two steps
-of one round. Two processes measure the peak memory of a step each. A GPU is used where there is one.
+An anchored adapter of rank r is stored with rank 2r (`lora_ga_trainer.anchor`), half of one factor frozen. Two copies
+of one base take training steps with AdamW in turn, the one that is first changing every round; a ratio is that of two
+steps of one round. Two processes measure the peak memory of a step each. A GPU is used where there is one.
 """
 
 import argparse
