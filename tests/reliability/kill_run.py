@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import json
 import mmap
 import os
@@ -39,7 +40,6 @@ import lora_ga_trainer.start
 from lora_ga_trainer import LoRAGAConfig, LoRAGATrainer
 
 
-KILLS = 20
 STEPS, SAVED = 10, 2
 WINDOWS = STEPS // SAVED  # window w: the steps that lead to checkpoint w, and its writing; 0 is the start
 PHASES = ("start", "probe", "factors", "train", "checkpoint")
@@ -94,12 +94,10 @@ class Watch(TrainerCallback):
         key = f"{self.phase} {self.window}"
         here, moment = (self.phase, self.window, self.counts[key]), self.moment
         self.counts[key] += 1
-        self.reached = self.reached or (
-            moment is not None and here == (moment.phase, moment.window, moment.event)
-        )
-        self.progress.values = [
-            PHASES.index(self.phase), self.window, here[2], int(self.reached), self.resumed_from
-        ]  # fmt: skip
+        if moment is not None and here == (moment.phase, moment.window, moment.event):
+            self.reached = True
+        place = [PHASES.index(self.phase), self.window, here[2]]
+        self.progress.values = [*place, int(self.reached), self.resumed_from]
         if self.reached and moment.delay is None:
             if written is not None:
                 os.truncate(written, int(written.stat().st_size * moment.fraction))
@@ -199,7 +197,9 @@ def make_trainer(folder: Path, watch: Watch) -> LoRAGATrainer:
     torch.manual_seed(11)
     return LoRAGATrainer(
         tiny.llama(),
-        tiny.arguments(folder, max_steps=STEPS, save_strategy="steps", save_steps=SAVED, gradient_accumulation_steps=2),
+        tiny.arguments(
+            folder, max_steps=STEPS, save_strategy="steps", save_steps=SAVED, gradient_accumulation_steps=2
+        ),
         train_dataset=tiny.causal_rows(24),  # three steps an epoch: checkpoints lie inside of epochs
         peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", lora_dropout=0.1),
         lora_ga_config=LoRAGAConfig(num_samples=8),
@@ -215,7 +215,7 @@ def train(folder: Path, watch: Watch) -> None:
         try:
             trainer.train(resume_from_checkpoint=True)
         except ValueError as error:
-            if "is complete. The newest is" not in str(error):
+            if "No valid checkpoint found in output directory" not in str(error):
                 raise
             print(error)
             trainer.train()
@@ -283,6 +283,9 @@ def draw(phase: str, window: int, events: int, generator: random.Random, seen: s
 
 def main(folder: Path, seed: int) -> dict[str, Any]:
     torch.set_num_threads(1)
+    trainer = make_trainer(folder, Watch(Progress(), None))  # here once: some libraries are imported when first used
+    trainer.accelerator.unwrap_model(trainer.model)
+    gc.freeze()  # or every fork copies what its first collection walks over
     generator = random.Random(seed)
     whole, killed = folder / "whole", folder / "killed"
     status, _ = attempt(whole, folder / "whole.log")
