@@ -305,6 +305,7 @@ def main(folder: Path, seed: int) -> dict[str, Any]:
         moment = draw(phase, window, counts[f"{phase} {window}"], generator, seen)
         log = folder / f"killed-{number}.log"
         status, (at_phase, at_window, event, _, resumed_from) = attempt(killed, log, moment)
+        assert status == -signal.SIGKILL, f"{moment} ended with {status}: {log.read_text()[-3000:]}"
         kills.append(
             {
                 "asked": vars(moment),

@@ -53,7 +53,7 @@ def last_state(folder: Path, run: str) -> dict[str, Any]:
 
 def test_every_kill_happened_and_every_phase_was_met(report: dict[str, Any]) -> None:
     kills = report["kills"]
-    assert [kill["status"] for kill in kills] == [-signal.SIGKILL] * KILLS, kills[-1]["log"][-2000:]
+    assert [kill["status"] for kill in kills] == [-signal.SIGKILL] * KILLS
     exact = [kill for kill in kills if kill["asked"]["delay"] is None]
     for kill in exact:
         place = [kill[key] for key in ("phase", "window", "event")]
