@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from .anchor import anchored_parameter_names
 from .checkpoint import require_resumable
+from .complete import newest_complete_checkpoint, require_complete
 from .config import LoRAGAConfig
 from .correction import asked_for, bare_optimizer
 from .engine_step import EngineStep, install_engine_step
@@ -52,9 +52,10 @@ class LoRAGACallback(TrainerCallback):
     resume.
 
     Two methods of this trainer instance are wrapped: `get_decay_parameter_names` leaves anchored parameters out of
-    weight decay, and `train` checks a checkpoint before it is loaded. [`LoRAGAMixin`] adds what a callback can't: it
-    counts the tied halves once in the clipping norm and prepares the new model of each `hyperparameter_search` trial.
-    With the callback alone the norm counts the gradient of every anchored `A` twice.
+    weight decay, and `train` checks a checkpoint before it is loaded (with `resume_from_checkpoint=True` it takes the
+    newest that was written to its end). [`LoRAGAMixin`] adds what a callback can't: it counts the tied halves once in
+    the clipping norm and prepares the new model of each `hyperparameter_search` trial. With the callback alone the
+    norm counts the gradient of every anchored `A` twice.
 
     Args:
         trainer: the trainer the callback is added to.
@@ -170,20 +171,30 @@ def _keep_out_of_weight_decay(trainer: Trainer) -> None:
 
 
 def _check_checkpoints(trainer: Trainer) -> None:
-    """Make this trainer's `train` look at a checkpoint before anything of it is loaded."""
+    """Make this trainer's `train` look at a checkpoint, and choose the newest, before anything of it is loaded."""
     train = trainer.train
 
     @functools.wraps(train)
     def checked_train(resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         folder = resume_from_checkpoint
-        if folder is True:
-            folder = get_last_checkpoint(trainer.args.output_dir)
         if folder:
             require_resumable_engine(trainer)
+            folder = _require_newest(trainer) if folder is True else folder
+            require_complete(trainer, folder)
             require_resumable(folder, trainer.accelerator.unwrap_model(trainer.model))
-        return train(resume_from_checkpoint, *args, **kwargs)
+        return train(folder, *args, **kwargs)
 
     trainer.train = checked_train  # type: ignore[method-assign]
+
+
+def _require_newest(trainer: Trainer) -> str:
+    folder = newest_complete_checkpoint(trainer)
+    if folder is None:
+        raise ValueError(
+            f"No valid checkpoint found in output directory ({trainer.args.output_dir}): there is none that was "
+            "written to its end. Train without resume_from_checkpoint, or name another folder."
+        )
+    return folder
 
 
 def _require_sound_optimizer(trainer: Trainer, model: nn.Module) -> None:
