@@ -5,10 +5,10 @@ Run the fast tests on the oldest libraries that `setup.cfg` allows, or on the ne
     python tests/reliability/versions.py newest --folder outputs/newest -- tests/test_factors.py
 
 Makes a virtual environment of this Python in the folder (an environment that is there is made anew) and installs the
-package in it: for `oldest` with every lower end of `install_requires` taken as the exact version, for `newest` with what
-pip finds newest. Then come the libraries that tests can do without, one at a time. One that pip can't install beside
-those versions, or that can't be imported there, is named with the reason and its tests skip. What stands after `--` goes
-to pytest.
+package in it: for `oldest` with every lower end of `install_requires` taken as the exact version, for `newest` with
+what pip finds newest. Then come the libraries that tests can do without, one at a time. One that pip can't install
+beside those versions, or that can't be imported there, is named with the reason and its tests skip. What stands after
+`--` goes to pytest.
 
 pip runs as it is configured. On Linux PyPI's PyTorch brings the CUDA libraries, several gigabytes; `--torch VERSION`
 takes another release at either end, for example one whose CPU build pip knows.
@@ -68,7 +68,7 @@ def core_requirements(end: str, install_requires: list[str], torch: str | None) 
 
 
 def flatten(extra: str, extras: dict[str, list[str]]) -> list[str]:
-    """List an extra's requirements, with those of this package's extras that it names, each once and in their order."""
+    """List an extra's requirements, those of the extras of this package that it names with them, each once."""
     found: dict[str, None] = {}
     for line in extras[extra]:
         inner = re.fullmatch(rf"{PACKAGE}\[(\w+)\]", line)
