@@ -150,6 +150,7 @@ def parse_arguments(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("end", choices=("oldest", "newest"))
     parser.add_argument("--folder", type=Path, help="of the environment (default: outputs/versions_END)")
     parser.add_argument("--torch", help="the version of PyTorch, in place of the end's own")
+    parser.add_argument("--bare", action="store_true", help="leave out all libraries that tests can do without")
     cut = words.index("--") if "--" in words else len(words)
     args = parser.parse_args(words[:cut])
     args.folder = args.folder or ROOT / "outputs" / f"versions_{args.end}"
@@ -169,7 +170,9 @@ def main(words: list[str]) -> int:
         return done.returncode
     installed = environment.versions([name_of(line) for line in core])
     pins = [f"{name}=={version}" for name, version in installed.items()]
-    left_out = {line: why for line in optional if (why := environment.add_optional(line, pins))}
+    left_out = dict.fromkeys(optional, "--bare")
+    if not args.bare:
+        left_out = {line: why for line in optional if (why := environment.add_optional(line, pins))}
     status, summary = run_tests(environment, pytest_arguments)
     print(f"{args.end}: Python {sys.version.split()[0]}, " + ", ".join(f"{n} {v}" for n, v in installed.items()))
     for line, why in left_out.items():
