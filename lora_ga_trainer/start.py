@@ -210,7 +210,7 @@ def _start_matrix(
     )
     if not torch.isfinite(top.S).all():
         raise ValueError(
-            f"{name}: the singular values of its gradient are {top.S[0].item()} and less, beyond fp32. Divide the loss "
+            f"{name}: the largest singular value of its gradient is {top.S[0].item()}, beyond fp32. Divide the loss "
             "by a constant, or look for extreme examples among the first of the data."
         )
     if layer.name in estimate.unreached or not top.S[0] > 0:

@@ -1,14 +1,21 @@
 """Read rows: json, jsonl, csv, tsv, and folders of text files, one folder a class."""
 
 import csv
+import zlib
 from pathlib import Path
 from typing import Any
 
 import pandas
 from datasets import ClassLabel, Dataset, load_dataset
+from datasets.exceptions import DatasetsError
+from pyarrow import ArrowException
+
+from lora_ga_trainer.json_file import short
 
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
+# What pandas, datasets, Arrow and gzip raise about a file's content.
+_UNREADABLE = (ArrowException, DatasetsError, EOFError, OSError, OverflowError, TypeError, ValueError, zlib.error)
 UNQUOTED_TABS = {"sep": "\t", "quoting": csv.QUOTE_NONE}  # a .tsv file does not quote: a lone " is a character
 
 
@@ -27,7 +34,8 @@ def read_local(path: str, column_names: list[str] | None = None) -> Dataset:
 
     Raises:
         `FileNotFoundError`: if there is nothing at `path`.
-        `ValueError`: if the suffix is none of these, or the folder holds no text files in class folders.
+        `ValueError`: if the suffix is none of these, the file can't be read as what its suffix says, or the folder
+            holds no text files in class folders.
     """
     place = Path(path)
     if not place.exists():
@@ -37,9 +45,13 @@ def read_local(path: str, column_names: list[str] | None = None) -> Dataset:
     suffix = Path(path.removesuffix(".gz")).suffix
     if suffix not in SUFFIXES:
         raise ValueError(f"{path}: {suffix!r} is no known format. Use {', '.join(SUFFIXES)} or a folder.")
-    if suffix in (".json", ".jsonl"):
-        return load_dataset("json", data_files=path, split="train")
-    return _read_table(place, column_names, UNQUOTED_TABS if suffix == ".tsv" else {})
+    try:
+        if suffix in (".json", ".jsonl"):
+            return load_dataset("json", data_files=path, split="train")
+        return _read_table(place, column_names, UNQUOTED_TABS if suffix == ".tsv" else {})
+    except _UNREADABLE as error:
+        cause = short(str(error.__cause__ or error))
+        raise ValueError(f"{path} can't be read as {suffix}: {cause}. Mend the file.") from error
 
 
 def read_hub(name: str, config: str | None, split: str, label_field: str | None = None) -> Dataset:
