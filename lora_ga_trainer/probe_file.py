@@ -98,7 +98,7 @@ def _damage_named(config: LoRAGAConfig) -> Iterator[None]:
     """Name the file in whatever reading it raises."""
     try:
         yield
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
             f"probe_file={config.probe_file!r} is damaged or not a probe of this package ({error}). Delete it to "
             "probe anew, or name another file."

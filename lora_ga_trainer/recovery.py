@@ -59,8 +59,7 @@ def merge(
         S: what is known already, `L diag(S) T^T`.
     """
     k = T.shape[-1]
-    scale = torch.stack([t.abs().amax(dim=(-2, -1)) for t in (Y, Z, S[..., None])]).amax(dim=0)[..., None, None]
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    scale = largest(Y, Z, S[..., None])
     Q, of_Y = torch.linalg.qr(torch.cat([L, Y / scale], dim=-1))  # (..., out, q), (..., q, 2k)
     P, of_Z = torch.linalg.qr(torch.cat([T, Z / scale], dim=-1))  # (..., in, p), (..., p, 2k)
     R_L, R_T = of_Y[..., :k, :k], of_Z[..., :k, :k]
@@ -122,8 +121,17 @@ def top_svd(
     Compute the top `k` singular triplets of a `G` that is known whole: subspace iteration (Halko, Martinsson, Tropp,
     arXiv 0909.4061, algorithm 4.4), with no SVD larger than `start` has columns. All in the dtype of `G`.
     """
-    Q = torch.linalg.qr(G @ start).Q
+    scale = largest(G)  # not every device's factorisations look after squares that overflow or vanish
+    Q = torch.linalg.qr(G @ start / scale).Q
     for _ in range(6):
-        Q = torch.linalg.qr(G @ torch.linalg.qr(G.T @ Q).Q).Q
-    U, S, Vt = torch.linalg.svd(Q.T @ G, full_matrices=False)
-    return TopSVD(Q @ U[:, :k], S[:k], Vt[:k], total=G.double().square().sum().item(), kept=1.0)
+        Q = torch.linalg.qr(G @ torch.linalg.qr(G.T @ Q / scale).Q / scale).Q
+    U, S, Vt = torch.linalg.svd(Q.T @ G / scale, full_matrices=False)
+    return TopSVD(Q @ U[:, :k], S[:k] * scale[0], Vt[:k], total=G.double().square().sum().item(), kept=1.0)
+
+
+def largest(
+    *tensors: Tensor,  # (..., any, any)
+) -> Tensor:  # (..., 1, 1)
+    """Return the largest magnitude of some matrices; 1 where all are zero."""
+    scale = torch.stack([tensor.abs().amax(dim=(-2, -1), keepdim=True) for tensor in tensors]).amax(dim=0)
+    return torch.where(scale > 0, scale, torch.ones_like(scale))

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from .config import LoRAGAConfig
-from .recovery import HELD_OUT, TopSVD, merge, recover, top_svd
+from .recovery import HELD_OUT, TopSVD, largest, merge, recover, top_svd
 
 
 # Shares of the samples after which the test matrices are made anew from what was seen.
@@ -116,10 +116,12 @@ class ExactGradient:
         return {"G": self.G}
 
     def svd(self, k: int) -> TopSVD:
-        columns = 6 * k
-        if columns < min(self.G.shape):
-            return top_svd(self.G, k, gaussian(self.G.shape[1], columns, 0, self.G.device))
-        U, S, Vt = torch.linalg.svd(self.G, full_matrices=False)
+        G, columns = _narrow(self.G), 6 * k
+        if columns < min(G.shape):
+            return top_svd(G, k, gaussian(G.shape[1], columns, 0, G.device))
+        scale = largest(G)
+        U, S, Vt = torch.linalg.svd(G / scale, full_matrices=False)
+        S = S * scale[0]
         return TopSVD(U[:, :k], S[:k], Vt[:k], total=S.double().square().sum().item(), kept=1.0)
 
 
@@ -370,7 +372,7 @@ def restore_estimator(state: dict[str, Tensor], shape: tuple[int, int]) -> Estim
     k = state["S"].shape[0]
     for name in ("T", "L"):
         gram = _wide(state[name][:, :k]).T @ _wide(state[name][:, :k])
-        if not torch.linalg.eigvalsh(gram / gram.trace())[0] > _LEAST_GRAM / k:
+        if not torch.linalg.eigvalsh(gram / gram.trace().clamp(min=1e-200))[0] > _LEAST_GRAM / k:
             raise KeyError(f"the columns of {name} depend on each other")
     sketch = SketchedGradient.__new__(SketchedGradient)
     sketch.k, sketch.seed, sketch.dtype, sketch.turned = k, 0, state["T"].dtype, True

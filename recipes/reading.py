@@ -1,21 +1,16 @@
 """Read rows: json, jsonl, csv, tsv, and folders of text files, one folder a class."""
 
 import csv
-import zlib
 from pathlib import Path
 from typing import Any
 
 import pandas
 from datasets import ClassLabel, Dataset, load_dataset
-from datasets.exceptions import DatasetsError
-from pyarrow import ArrowException
 
 from lora_ga_trainer.json_file import short
 
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
-# What pandas, datasets, Arrow and gzip raise about a file's content.
-_UNREADABLE = (ArrowException, DatasetsError, EOFError, OSError, OverflowError, TypeError, ValueError, zlib.error)
 UNQUOTED_TABS = {"sep": "\t", "quoting": csv.QUOTE_NONE}  # a .tsv file does not quote: a lone " is a character
 
 
@@ -49,7 +44,7 @@ def read_local(path: str, column_names: list[str] | None = None) -> Dataset:
         if suffix in (".json", ".jsonl"):
             return load_dataset("json", data_files=path, split="train")
         return _read_table(place, column_names, UNQUOTED_TABS if suffix == ".tsv" else {})
-    except _UNREADABLE as error:
+    except Exception as error:  # of Arrow, datasets, gzip or pandas; an empty file is a StopIteration
         cause = short(str(error.__cause__ or error))
         raise ValueError(f"{path} can't be read as {suffix}: {cause}. Mend the file.") from error
 
