@@ -97,9 +97,11 @@ def recover(
     (T, w), (L, z) = T.split([t, HELD_OUT], dim=1), L.split([t, HELD_OUT], dim=1)
     (Y, Gw), (Z, Gz) = Y.split([t, HELD_OUT], dim=1), Z.split([t, HELD_OUT], dim=1)
     U, S, V = merge(T, L, S, Y, Z)
-    U, S, V, Vt = U[:, :k], S[:k], V[:, :k], V[:, :k].T
     if not S[0] > 0:
-        return TopSVD(U.float(), S.float(), Vt.float(), total=0.0, kept=1.0)
+        return TopSVD(U[:, :k].float(), S[:k].float(), V[:, :k].T.float(), total=0.0, kept=1.0)
+    S, order = _without_overshoot(S, (U.T @ Gw, V.T @ w), (V.T @ Gz, U.T @ z)).sort(descending=True, stable=True)
+    U, S, V = U[:, order[:k]], S[:k], V[:, order[:k]]
+    Vt = V.T
     # The columns that the recovery never saw measure what it missed: || M w ||^2 / 16 estimates || M ||^2.
     scale = S[0]
     S, Gw, Gz = S / scale, Gw / scale, Gz / scale
@@ -110,6 +112,20 @@ def recover(
     kept = (torch.minimum(of_u, of_v) / (of_u + of_v - held)).item()
     total = (held + (energy(Gw - U @ SVw) + energy(Gz - V @ SUz)) / 2) * scale**2
     return TopSVD(U.float(), (S * scale).float(), Vt.float(), total=total.item(), kept=kept)
+
+
+def _without_overshoot(
+    S: Tensor,  # (t,)
+    *seen: tuple[Tensor, Tensor],  # (t, 16) each: what a fresh column gave, and what `S` multiplies to tell it
+) -> Tensor:  # (t,)
+    """
+    Take singular values down that fresh columns contradict, to what fits those best.
+
+    Where the spectrum is flat and longer than a sketch is wide, `c a^+ b` divides small numbers by small ones. Half of
+    `S` is what no rounding and hardly any draw of the columns brings about.
+    """
+    fitted = sum((of_G * of_S).sum(dim=1) for of_G, of_S in seen) / sum(of_S.square().sum(dim=1) for _, of_S in seen)
+    return torch.where(fitted < S / 2, torch.maximum(fitted, _NOISE * S), S)
 
 
 def top_svd(
