@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from .experts import join_A, split_A
 from .fingerprint import fingerprint_base
+from .json_file import short
 from .layers import AdaptedLayer, active_adapter, find_adapted_layers, require_peft_model
 from .record import attach_record, read_record
 
@@ -211,8 +212,9 @@ def load_adapter(base_model: nn.Module, folder: str | os.PathLike[str], **kwargs
     base = fingerprint_base(model, layers)
     if base != record.base:
         raise ValueError(
-            f"{folder}: the adapter was started on a base with fingerprint {record.base}, this one has {base}. Load "
-            "the base (and dtype, and quantisation) that it was trained on, or load it with plain PEFT."
+            f"{folder}: the adapter was started on a base with fingerprint {short(record.base)}, this one has "
+            f"{base!r}. Load the base (and dtype, and quantisation) that it was trained on, or load it with plain "
+            "PEFT."
         )
     adapter = active_adapter(model)
     stored = model.peft_config[adapter].r

@@ -9,6 +9,7 @@ from peft import PeftModel
 from torch import nn
 
 from .fingerprint import fingerprint_base
+from .json_file import short
 from .layers import active_adapter, find_adapted_layers, require_peft_model
 from .record import FILE_NAME, StartRecord, read_record, record_of_model
 
@@ -39,7 +40,7 @@ def require_resumable(folder: str | os.PathLike[str], model: nn.Module) -> None:
     ):
         if theirs != ours:
             raise ValueError(
-                f"{place} was trained with {what}={theirs!r}, this run has {what}={ours!r}. Resume with the "
+                f"{place} was trained with {what}={short(theirs)}, this run has {what}={ours!r}. Resume with the "
                 "LoraConfig, LoRAGAConfig and base model (dtype and quantisation included) of the run that wrote it."
             )
 

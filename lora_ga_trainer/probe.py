@@ -29,7 +29,7 @@ from .samples import (
     require_rewindable,
     sample_pieces,
 )
-from .sketch import Estimator, SketchedGradient, forget_shared_matrices, make_estimators, turn, turning_points
+from .sketch import DTYPES, Estimator, SketchedGradient, forget_shared_matrices, make_estimators, turn, turning_points
 from .tap import tapped, tapped_parameters
 
 
@@ -41,8 +41,6 @@ logger = logging.getLogger(__name__)
 
 # Loss scales tried in turn where gradients are fp16: the first that does not overflow wins.
 FP16_LOSS_SCALES = (2.0**16, 2.0**8, 1.0)
-# What products can be computed in; the later one wins where processes differ.
-_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 _UNCHANGED = "No weight was changed."
 _POISON_ADVICE = (
     f"{_UNCHANGED} Look for empty or extreme examples in that batch, or train in bf16 or fp32 instead of fp16."
@@ -266,10 +264,10 @@ class _Probe:
         """Turn the sketches that have seen anything, alike everywhere: each process computes its share of them."""
         self._sum([part for sketch in sketches for part in sketch.since_last_turn()])
         sketches = [sketch for sketch in sketches if sketch.since_last_turn()[0].any()]  # an expert may have seen none
-        codes = gather_integers(self.trainer, *(_DTYPES.index(sketch.dtype) for sketch in sketches))
+        codes = gather_integers(self.trainer, *(DTYPES.index(sketch.dtype) for sketch in sketches))
         rank, size = self.trainer.accelerator.process_index, len(codes)
         for sketch, code in zip(sketches, zip(*codes, strict=True), strict=True):
-            sketch.dtype = _DTYPES[max(code)]  # a process that had no sample for the layer has not seen it
+            sketch.dtype = DTYPES[max(code)]  # a process that had no sample for the layer has not seen it
         turn(sketches[rank::size])
         for number, sketch in enumerate(sketches):
             if number % size != rank:

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
 from .anchor import factor_rank
 from .config import LoRAGAConfig
 from .fingerprint import fingerprint_base, fingerprint_dataset, fingerprint_heads
+from .json_file import is_number, parse_json, short
 from .layers import AdaptedLayer
 from .probe import GradientEstimate
-from .sketch import Estimator, restore_estimator
+from .sketch import Estimator, require_state_shapes, restore_estimator
 
 
 _FORMAT = "2"
@@ -78,51 +78,65 @@ def load_estimate(
     if not path.exists():
         return None
     expected = _fingerprints(config, model, layers, dataset)
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            for key, value in expected.items():
-                if metadata.get(key) != value:
-                    raise ValueError(
-                        f"probe_file={config.probe_file!r} was made for another {key} ({metadata.get(key)!r}, this "
-                        f"run has {value!r}). Delete it to probe anew, or name another file."
-                    )
-            stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is no dict
+    with _damage_named(config), safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+    for key, value in expected.items():
+        if metadata.get(key) != value:
+            raise ValueError(
+                f"probe_file={config.probe_file!r} was made for another {key} ({short(metadata.get(key))}, this run "
+                f"has {value!r}). Delete it to probe anew, or name another file."
+            )
+    with _damage_named(config):
         figures, unreached = _parse_figures(metadata), _parse_unreached(metadata, layers)
-        for key, tensor in stored.items():
-            if not torch.isfinite(tensor).all():
-                raise KeyError(f"{key} is not finite")
-        states: dict[str, dict[str, Tensor]] = {name: {} for layer in layers for name in layer.matrices}
-        for key, tensor in stored.items():
-            name, _, part = key.partition("|")
-            if name in states:
-                states[name][part] = tensor
-        estimators = {
-            name: restore_estimator(states[name], layer.shape) for layer in layers for name in layer.matrices
-        }
-    except (SafetensorError, OSError, KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"probe_file={config.probe_file!r} is damaged or not a probe of this package ({error}). Delete it to "
-            "probe anew, or name another file."
-        ) from error
+        estimators = _read_estimators(path, layers)
     _require_use(config, layers, estimators, unreached)
     return GradientEstimate(estimators=estimators, unreached=unreached, **figures)
 
 
+@contextmanager
+def _damage_named(config: LoRAGAConfig) -> Iterator[None]:
+    """Name the file in whatever reading it raises."""
+    try:
+        yield
+    except (SafetensorError, OSError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"probe_file={config.probe_file!r} is damaged or not a probe of this package ({error}). Delete it to "
+            "probe anew, or name another file."
+        ) from error
+
+
+def _read_estimators(path: Path, layers: Sequence[AdaptedLayer]) -> dict[str, Estimator]:
+    """Read the tensors of every matrix, none of them before all are known to be of the shapes of the layers."""
+    shapes = {name: layer.shape for layer in layers for name in layer.matrices}
+    with safe_open(path, framework="pt") as file:
+        headers: dict[str, dict[str, tuple[int, ...]]] = {name: {} for name in shapes}
+        for key in file.keys():  # noqa: SIM118 - safe_open is no dict
+            name, _, part = key.partition("|")
+            if name not in shapes:
+                raise KeyError(f"{short(key)} belongs to no adapted layer")
+            headers[name][part] = tuple(file.get_slice(key).get_shape())
+        for name, header in headers.items():
+            require_state_shapes(header, shapes[name])
+        return {
+            name: restore_estimator({part: file.get_tensor(f"{name}|{part}") for part in headers[name]}, shape)
+            for name, shape in shapes.items()
+        }
+
+
 def _parse_figures(metadata: dict[str, str]) -> dict[str, float]:
-    figures = json.loads(metadata["figures"])
+    figures = parse_json(metadata["figures"])
     if not isinstance(figures, dict) or set(figures) != set(_FIGURES):
         raise KeyError(f"figures must be {', '.join(_FIGURES)}")
     for name, value in figures.items():
-        if type(value) not in (int, float):
-            raise TypeError(f"{name}={value!r} is not a number")
+        if not is_number(value):
+            raise TypeError(f"{name}={short(value)} is not a number")
     return figures
 
 
 def _parse_unreached(metadata: dict[str, str], layers: Sequence[AdaptedLayer]) -> list[str]:
-    unreached = json.loads(metadata["unreached"])
-    if not isinstance(unreached, list) or not set(map(str, unreached)) <= {layer.name for layer in layers}:
-        raise KeyError(f"unreached={unreached!r} does not name adapted layers")
+    unreached, names = parse_json(metadata["unreached"]), {layer.name for layer in layers}
+    if not isinstance(unreached, list) or not all(type(name) is str and name in names for name in unreached):
+        raise KeyError(f"unreached={short(unreached)} does not name adapted layers")
     return unreached
 
 

@@ -13,12 +13,14 @@ from torch import nn
 from transformers.utils import cached_file
 
 from .inits import INITS
+from .json_file import read_json, short
 from .layers import active_adapter
 
 
 FILE_NAME = "lora_ga.json"
 _FORMAT = 1
 _MAX_BYTES = 1 << 20
+_MAX_RANK = 1 << 20  # no weight has as many rows or columns
 
 
 @dataclass
@@ -109,33 +111,23 @@ def read_record(folder: str | os.PathLike[str], **hub_kwargs: Any) -> StartRecor
 
 
 def _parse_record(path: Path) -> StartRecord:
-    problem = f"{path} is not a record of lora_ga_trainer"
+    what = "a record of lora_ga_trainer"
+    problem = f"{path} is not {what}"
     way_out = "Restore the file, or delete it to continue the adapter as a plain LoRA adapter of its stored rank."
-    if path.stat().st_size > _MAX_BYTES:
-        raise ValueError(f"{problem}: it is larger than {_MAX_BYTES} bytes. {way_out}")
-    try:
-        content = json.loads(path.read_bytes(), object_pairs_hook=_without_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{problem}: {error}. {way_out}") from error
+    content = read_json(path, what, way_out, _MAX_BYTES)
     types = {"format": int, "init": str, "rank": int, "anchored": bool, "base": str}
     if not isinstance(content, dict) or set(content) != set(types):
         raise ValueError(f"{problem}: it must hold exactly the keys {sorted(types)}. {way_out}")
     for key, kind in types.items():
         if type(content[key]) is not kind:
-            raise ValueError(f"{problem}: {key}={content[key]!r} is not of type {kind.__name__}. {way_out}")
+            raise ValueError(f"{problem}: {key}={short(content[key])} is not of type {kind.__name__}. {way_out}")
     if content.pop("format") != _FORMAT:
         raise ValueError(f"{problem}: its format is not {_FORMAT}. Use the release of lora_ga_trainer that wrote it.")
-    if content["init"] not in INITS or content["rank"] < 1:
-        raise ValueError(f"{problem}: init={content['init']!r}, rank={content['rank']!r} are impossible. {way_out}")
+    if content["init"] not in INITS or not 1 <= content["rank"] <= _MAX_RANK:
+        found = f"init={short(content['init'])}, rank={short(content['rank'])}"
+        raise ValueError(f"{problem}: {found} are impossible. {way_out}")
     if content["anchored"] != INITS[content["init"]].anchored:
         raise ValueError(
             f"{problem}: anchored={content['anchored']!r} contradicts init={content['init']!r}. {way_out}"
         )
     return StartRecord(**content, initialised=True)
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    if len(keys) != len(set(keys)):
-        raise ValueError(f"duplicate keys in {keys}")
-    return dict(pairs)

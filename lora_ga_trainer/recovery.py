@@ -59,8 +59,7 @@ def merge(
         S: what is known already, `L diag(S) T^T`.
     """
     k = T.shape[-1]
-    scale = torch.stack([t.abs().amax(dim=(-2, -1)) for t in (Y, Z, S[..., None])]).amax(dim=0)[..., None, None]
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    scale = largest(Y, Z, S[..., None])
     Q, of_Y = torch.linalg.qr(torch.cat([L, Y / scale], dim=-1))  # (..., out, q), (..., q, 2k)
     P, of_Z = torch.linalg.qr(torch.cat([T, Z / scale], dim=-1))  # (..., in, p), (..., p, 2k)
     R_L, R_T = of_Y[..., :k, :k], of_Z[..., :k, :k]
@@ -98,9 +97,11 @@ def recover(
     (T, w), (L, z) = T.split([t, HELD_OUT], dim=1), L.split([t, HELD_OUT], dim=1)
     (Y, Gw), (Z, Gz) = Y.split([t, HELD_OUT], dim=1), Z.split([t, HELD_OUT], dim=1)
     U, S, V = merge(T, L, S, Y, Z)
-    U, S, V, Vt = U[:, :k], S[:k], V[:, :k], V[:, :k].T
     if not S[0] > 0:
-        return TopSVD(U.float(), S.float(), Vt.float(), total=0.0, kept=1.0)
+        return TopSVD(U[:, :k].float(), S[:k].float(), V[:, :k].T.float(), total=0.0, kept=1.0)
+    S, order = _without_overshoot(S, (U.T @ Gw, V.T @ w), (V.T @ Gz, U.T @ z)).sort(descending=True, stable=True)
+    U, S, V = U[:, order[:k]], S[:k], V[:, order[:k]]
+    Vt = V.T
     # The columns that the recovery never saw measure what it missed: || M w ||^2 / 16 estimates || M ||^2.
     scale = S[0]
     S, Gw, Gz = S / scale, Gw / scale, Gz / scale
@@ -113,6 +114,20 @@ def recover(
     return TopSVD(U.float(), (S * scale).float(), Vt.float(), total=total.item(), kept=kept)
 
 
+def _without_overshoot(
+    S: Tensor,  # (t,)
+    *seen: tuple[Tensor, Tensor],  # (t, 16) each: what a fresh column gave, and what `S` multiplies to tell it
+) -> Tensor:  # (t,)
+    """
+    Take singular values down that fresh columns contradict, to what fits those best.
+
+    Where the spectrum is flat and longer than a sketch is wide, `c a^+ b` divides small numbers by small ones. Half of
+    `S` is what no rounding and hardly any draw of the columns brings about.
+    """
+    fitted = sum((of_G * of_S).sum(dim=1) for of_G, of_S in seen) / sum(of_S.square().sum(dim=1) for _, of_S in seen)
+    return torch.where(fitted < S / 2, torch.maximum(fitted, _NOISE * S), S)
+
+
 def top_svd(
     G: Tensor,  # (out, in)
     k: int,
@@ -122,8 +137,17 @@ def top_svd(
     Compute the top `k` singular triplets of a `G` that is known whole: subspace iteration (Halko, Martinsson, Tropp,
     arXiv 0909.4061, algorithm 4.4), with no SVD larger than `start` has columns. All in the dtype of `G`.
     """
-    Q = torch.linalg.qr(G @ start).Q
+    scale = largest(G)  # not every device's factorisations look after squares that overflow or vanish
+    Q = torch.linalg.qr(G @ start / scale).Q
     for _ in range(6):
-        Q = torch.linalg.qr(G @ torch.linalg.qr(G.T @ Q).Q).Q
-    U, S, Vt = torch.linalg.svd(Q.T @ G, full_matrices=False)
-    return TopSVD(Q @ U[:, :k], S[:k], Vt[:k], total=G.double().square().sum().item(), kept=1.0)
+        Q = torch.linalg.qr(G @ torch.linalg.qr(G.T @ Q / scale).Q / scale).Q
+    U, S, Vt = torch.linalg.svd(Q.T @ G / scale, full_matrices=False)
+    return TopSVD(Q @ U[:, :k], S[:k] * scale[0], Vt[:k], total=G.double().square().sum().item(), kept=1.0)
+
+
+def largest(
+    *tensors: Tensor,  # (..., any, any)
+) -> Tensor:  # (..., 1, 1)
+    """Return the largest magnitude of some matrices; 1 where all are zero."""
+    scale = torch.stack([tensor.abs().amax(dim=(-2, -1), keepdim=True) for tensor in tensors]).amax(dim=0)
+    return torch.where(scale > 0, scale, torch.ones_like(scale))

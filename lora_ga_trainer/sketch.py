@@ -38,12 +38,17 @@ import torch
 from torch import Tensor
 
 from .config import LoRAGAConfig
-from .recovery import HELD_OUT, TopSVD, merge, recover, top_svd
+from .recovery import HELD_OUT, TopSVD, largest, merge, recover, top_svd
 
 
 # Shares of the samples after which the test matrices are made anew from what was seen.
 _TURNING_POINTS = (1 / 16, 1 / 4, 1 / 2)
 _STACKED_BYTES = 2**28  # that sketches of one shape may take together while they are merged
+# Least eigenvalue of the Gram matrix of saved test columns, where its mean is 1. Gaussian columns of a square matrix,
+# which nothing sketches so narrowly, have one of about 1 / k^2.
+_LEAST_GRAM = 1e-10
+# What products can be computed in; the later one wins where processes differ.
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
 class Estimator(Protocol):
@@ -112,10 +117,12 @@ class ExactGradient:
         return {"G": self.G}
 
     def svd(self, k: int) -> TopSVD:
-        columns = 6 * k
-        if columns < min(self.G.shape):
-            return top_svd(self.G, k, gaussian(self.G.shape[1], columns, 0, self.G.device))
-        U, S, Vt = torch.linalg.svd(self.G, full_matrices=False)
+        G, columns = _narrow(self.G), 6 * k
+        if columns < min(G.shape):
+            return top_svd(G, k, gaussian(G.shape[1], columns, 0, G.device))
+        scale = largest(G)
+        U, S, Vt = torch.linalg.svd(G / scale, full_matrices=False)
+        S = S * scale[0]
         return TopSVD(U[:, :k], S[:k], Vt[:k], total=S.double().square().sum().item(), kept=1.0)
 
 
@@ -322,37 +329,53 @@ def make_estimators(
     return estimators
 
 
+def require_state_shapes(state: dict[str, tuple[int, ...]], shape: tuple[int, int]) -> None:
+    """
+    Check that tensors of these shapes, by name, are the `state()` of an accumulator of `G (out, in)`.
+
+    Raises:
+        `KeyError`: if one is missing, too many or of another shape.
+    """
+    out_features, in_features = shape
+    if set(state) == {"G"}:
+        expected = {"G": (out_features, in_features)}
+    elif set(state) == {"T", "L", "S", "Y", "Z"}:
+        (k,) = state["S"] if len(state["S"]) == 1 else (0,)
+        if not 0 < k <= min(shape):
+            raise KeyError(f"S has shape {state['S']}, a sketch of {out_features} x {in_features} can't")
+        right, left = (in_features, k + HELD_OUT), (out_features, k + HELD_OUT)
+        expected = {"T": right, "L": left, "S": (k,), "Y": left, "Z": right}
+    else:
+        raise KeyError(f"tensors {sorted(state)[:10]}, expected G, or T, L, S, Y and Z")
+    for name, found in state.items():
+        if found != expected[name]:
+            raise KeyError(f"{name} has shape {found}, expected {expected[name]}")
+
+
 def restore_estimator(state: dict[str, Tensor], shape: tuple[int, int]) -> Estimator:
     """
     Make the accumulator whose `state()` is given.
 
     Raises:
-        `KeyError`: if a tensor is missing or of another shape.
+        `KeyError`: if a tensor is missing, of another shape or dtype, or not finite, or if the columns of a test
+            matrix depend on each other.
     """
-    out_features, in_features = shape
-    if set(state) == {"G"}:
-        _require_shape(state, G=(out_features, in_features))
+    require_state_shapes({name: tuple(tensor.shape) for name, tensor in state.items()}, shape)
+    for name, tensor in state.items():
+        if tensor.dtype is not torch.float32 and (name not in ("T", "L") or tensor.dtype not in DTYPES):
+            raise KeyError(f"{name} is of dtype {tensor.dtype}")
+        if not torch.isfinite(tensor).all():
+            raise KeyError(f"{name} is not finite")
+    if "G" in state:
         exact = ExactGradient((0, 0))
         exact.G = state["G"]
         return exact
-    k = state["T"].shape[-1] - HELD_OUT
-    if not 0 < k <= min(shape):
-        raise KeyError(f"T has {k + HELD_OUT} columns, a sketch of {out_features} x {in_features} can't")
-    _require_shape(
-        state,
-        T=(in_features, k + HELD_OUT),
-        L=(out_features, k + HELD_OUT),
-        S=(k,),
-        Y=(out_features, k + HELD_OUT),
-        Z=(in_features, k + HELD_OUT),
-    )
+    k = state["S"].shape[0]
+    for name in ("T", "L"):
+        gram = _wide(state[name][:, :k]).T @ _wide(state[name][:, :k])
+        if not torch.linalg.eigvalsh(gram / gram.trace().clamp(min=1e-200))[0] > _LEAST_GRAM / k:
+            raise KeyError(f"the columns of {name} depend on each other")
     sketch = SketchedGradient.__new__(SketchedGradient)
     sketch.k, sketch.seed, sketch.dtype, sketch.turned = k, 0, state["T"].dtype, True
     sketch.T, sketch.L, sketch.S, sketch.Y, sketch.Z = (state[name] for name in ("T", "L", "S", "Y", "Z"))
     return sketch
-
-
-def _require_shape(state: dict[str, Tensor], **shapes: tuple[int, int]) -> None:
-    for name, shape in shapes.items():
-        if tuple(state[name].shape) != shape:
-            raise KeyError(f"{name} has shape {tuple(state[name].shape)}, expected {shape}")

@@ -208,6 +208,11 @@ def _start_matrix(
         sketched=estimator.sketched,
         action=INITIALISED,
     )
+    if not torch.isfinite(top.S).all():
+        raise ValueError(
+            f"{name}: the largest singular value of its gradient is {top.S[0].item()}, beyond fp32. Divide the loss "
+            "by a constant, or look for extreme examples among the first of the data."
+        )
     if layer.name in estimate.unreached or not top.S[0] > 0:
         report.action = UNREACHED if layer.name in estimate.unreached else ZERO_GRADIENT
         return None, report

@@ -11,6 +11,8 @@ from package_paths import resolve_reference
 from reading import read_local
 from tqdm import tqdm
 
+from lora_ga_trainer.json_file import parse_json, short
+
 
 HUB = "hub"  # what stands for a file: the data set of that name on the hub
 Question = dict[str, Any]
@@ -61,7 +63,13 @@ def answer_missing(
         `ValueError`: if the file holds answers to other questions, or of another model.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    records = {record[key]: record for record in read_records(path)}
+    records = {}
+    for record in read_records(path):
+        if type(record.get(key)) not in (str, int):
+            raise ValueError(
+                f"{path}: {key}={short(record.get(key))} in {short(record)} names no question. Remove it."
+            )
+        records[record[key]] = record
     for question in questions:
         record = records.get(question[key])
         for name in same if record is not None else ():
@@ -91,14 +99,17 @@ def read_records(path: Path) -> list[Record]:
         return []
     raw = path.read_bytes()
     whole = raw[: raw.rfind(b"\n") + 1]
+    records = []
+    for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
+        try:
+            record = parse_json(line.decode("utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: no JSON ({error}). Remove the line or the file.") from error
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}, line {number}: {short(record)} is no object. Remove the line or the file.")
+        records.append(record)
     if whole != raw:
         path.write_bytes(whole)
-    records = []
-    for number, line in enumerate(whole.decode("utf-8").split("\n")[:-1], start=1):
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: no JSON ({error}). Remove the line or the file.") from error
     return records
 
 

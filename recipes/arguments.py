@@ -155,7 +155,7 @@ class DataArguments(SourceArguments):
         for pattern in [*patterns, *([] if self.completion_pattern is None else [self.completion_pattern])]:
             try:
                 re.compile(pattern)
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 raise ValueError(f"{pattern!r} is no regular expression of Python's: {error}.") from error
 
 
@@ -242,9 +242,12 @@ def parse_into(
         if taken is not None:
             passed_over |= {action.dest for action in make_parser()._actions if action.dest not in taken}
         replace_defaults(parser, config, passed_over)
-    *arguments, _, unknown = parser.parse_args_into_dataclasses(
-        argv, look_for_args_file=False, return_remaining_strings=True
-    )
+    try:
+        *arguments, _, unknown = parser.parse_args_into_dataclasses(
+            argv, look_for_args_file=False, return_remaining_strings=True
+        )
+    except ValueError as error:
+        raise ValueError(str(error) if config is None else f"{error} ({config} and the command line)") from error
     if unknown:
         raise ValueError(f"command line: {unknown[0]!r} is not an argument.{nearest_argument(unknown[0], parser)}")
     return tuple(arguments)

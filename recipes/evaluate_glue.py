@@ -27,6 +27,8 @@ from glue_metrics import class_numbers, glue_metric
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from lora_ga_trainer.json_file import read_json
+
 
 @dataclass
 class GlueArguments:
@@ -108,7 +110,12 @@ def classify_rows(
 def saved_class_names(adapter: str | None) -> list[str] | None:
     """Return the names of a classifier's classes 0, 1, ..., which `finetune.py` writes beside its adapter."""
     place = Path(adapter or "") / "class_names.json"
-    return json.loads(place.read_text(encoding="utf-8")) if adapter is not None and place.exists() else None
+    if adapter is None or not place.exists():
+        return None
+    names = read_json(place, "a list of class names", "Restore it from the run that wrote the adapter.")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{place} is not a list of class names. Restore it from the run that wrote the adapter.")
+    return names
 
 
 def in_batches(items: list[Any], size: int, answer: Callable[[list[Any]], list[str]]) -> list[str]:

@@ -1,6 +1,5 @@
 """Load a base with an adapter, as plain PEFT does, and let it write: what the evaluation programs share."""
 
-import json
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,8 @@ from encoding import Row, encode_prompt, fill_template
 from models import TASK_TYPES, load_model, load_tokenizer
 from peft import PeftModel
 from transformers import GenerationConfig, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
+
+from lora_ga_trainer.json_file import read_json
 
 
 # Stanford Alpaca's prompt for an instruction without input, which the papers' code trains on.
@@ -113,8 +114,11 @@ class Writer:
         self.task = task or next((name for name, kind in TASK_TYPES.items() if kind == saved.get("task_type")), None)
         if self.task is None:
             self.task = "causal-lm"
+        base = args.base or saved["base_model_name_or_path"]
+        if base is None:
+            raise ValueError(f"{args.adapter}: its adapter_config.json names no base model. Name it with --base.")
         model_args = ModelArguments(
-            model_name_or_path=args.base or saved["base_model_name_or_path"],
+            model_name_or_path=base,
             task=self.task,
             dtype=args.dtype,
             attn_implementation=args.attn_implementation,
@@ -185,4 +189,10 @@ def fill_prompt(template: str, row: Row, prompt: str) -> str:
 def _adapter_config(adapter: str | None) -> dict[str, Any]:
     if adapter is None:
         return {}
-    return json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))
+    place = Path(adapter) / "adapter_config.json"
+    config = read_json(place, "the configuration of an adapter", "Name the folder of a saved adapter.")
+    if not isinstance(config, dict):
+        raise ValueError(f"{place} is not the configuration of an adapter. Name the folder of a saved adapter.")
+    if not isinstance(config.get("base_model_name_or_path"), str):
+        config["base_model_name_or_path"] = None
+    return config

@@ -7,6 +7,8 @@ from typing import Any
 import pandas
 from datasets import ClassLabel, Dataset, load_dataset
 
+from lora_ga_trainer.json_file import short
+
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
 UNQUOTED_TABS = {"sep": "\t", "quoting": csv.QUOTE_NONE}  # a .tsv file does not quote: a lone " is a character
@@ -27,7 +29,8 @@ def read_local(path: str, column_names: list[str] | None = None) -> Dataset:
 
     Raises:
         `FileNotFoundError`: if there is nothing at `path`.
-        `ValueError`: if the suffix is none of these, or the folder holds no text files in class folders.
+        `ValueError`: if the suffix is none of these, the file can't be read as what its suffix says, or the folder
+            holds no text files in class folders.
     """
     place = Path(path)
     if not place.exists():
@@ -37,9 +40,13 @@ def read_local(path: str, column_names: list[str] | None = None) -> Dataset:
     suffix = Path(path.removesuffix(".gz")).suffix
     if suffix not in SUFFIXES:
         raise ValueError(f"{path}: {suffix!r} is no known format. Use {', '.join(SUFFIXES)} or a folder.")
-    if suffix in (".json", ".jsonl"):
-        return load_dataset("json", data_files=path, split="train")
-    return _read_table(place, column_names, UNQUOTED_TABS if suffix == ".tsv" else {})
+    try:
+        if suffix in (".json", ".jsonl"):
+            return load_dataset("json", data_files=path, split="train")
+        return _read_table(place, column_names, UNQUOTED_TABS if suffix == ".tsv" else {})
+    except Exception as error:  # of Arrow, datasets, gzip or pandas; an empty file is a StopIteration
+        cause = short(str(error.__cause__ or error))
+        raise ValueError(f"{path} can't be read as {suffix}: {cause}. Mend the file.") from error
 
 
 def read_hub(name: str, config: str | None, split: str, label_field: str | None = None) -> Dataset:

@@ -9,6 +9,12 @@ from typing import Any
 
 import yaml
 
+from lora_ga_trainer.json_file import short
+
+
+_MAX_BYTES = 1 << 18
+_MAX_DEPTH = 20
+
 
 def replace_defaults(parser: ArgumentParser, path: str, passed_over: Collection[str] = ()) -> None:
     """
@@ -23,7 +29,8 @@ def replace_defaults(parser: ArgumentParser, path: str, passed_over: Collection[
             Keys that the file may hold and that change nothing here.
 
     Raises:
-        `ValueError`: if a key is unknown or stands there twice, or a value is not one the command line would take.
+        `ValueError`: if the file can't be read, a key is unknown or stands there twice, or a value is not one the
+            command line would take.
     """
     # The first of a name: the `--no_x` that transformers adds behind `--x` takes no value.
     actions = {action.dest: action for action in reversed(parser._actions)}
@@ -31,7 +38,7 @@ def replace_defaults(parser: ArgumentParser, path: str, passed_over: Collection[
         if key in passed_over and key not in ("config", "help"):
             continue
         if key not in actions or key in ("config", "help"):
-            raise ValueError(f"{path}: {key!r} is not an argument.{nearest_argument(str(key), parser)}")
+            raise ValueError(f"{path}: {short(key)} is not an argument.{nearest_argument(str(key), parser)}")
         action = actions[key]
         parser.set_defaults(**{key: _checked(value, action, f"{path}: {key}")})
         action.required = False
@@ -44,24 +51,65 @@ def nearest_argument(key: str, parser: ArgumentParser) -> str:
     return f" Did you mean {close[0]!r}?" if close else " `--help` lists them all."
 
 
+class _PlainLoader(yaml.SafeLoader):
+    """
+    Reads mappings, lists, words and numbers, and each of them once: no tags, which ask for other types, and no anchors
+    and aliases, with which a short file can stand for terabytes.
+    """
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        for name in ("anchor", "tag"):
+            if getattr(event, name, None) is not None:
+                raise yaml.composer.ComposerError(None, None, f"no {name} is read here", event.start_mark)
+        if self.depth == _MAX_DEPTH:
+            raise yaml.composer.ComposerError(None, None, f"nested deeper than {_MAX_DEPTH}", event.start_mark)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
 def _read_mapping(path: str) -> dict[str, Any]:
-    text = Path(path).read_text(encoding="utf-8")
-    root = yaml.compose(text, Loader=yaml.SafeLoader)
-    if not isinstance(root, yaml.MappingNode):
-        raise ValueError(f"{path}: expected lines of `argument: value`, found something else at the top level.")
-    _refuse_duplicates(root, path)
-    return yaml.safe_load(text)
+    loader = None
+    try:
+        with Path(path).open("rb") as file:
+            content = file.read(_MAX_BYTES + 1)
+        if len(content) > _MAX_BYTES:
+            raise ValueError(f"it is larger than {_MAX_BYTES} bytes")
+        loader = _PlainLoader(content.decode("utf-8-sig"))
+        root = loader.get_single_node()
+        if not isinstance(root, yaml.MappingNode):
+            raise ValueError("expected lines of `argument: value`, found something else at the top level")
+        _refuse_duplicates(root)
+        return loader.construct_document(root)
+    except yaml.MarkedYAMLError as error:
+        line = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
+        raise ValueError(f"{path}{line}: {error.problem}. Write one `argument: value` a line.") from error
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
+        raise ValueError(f"{path}: {error}. Write one `argument: value` a line.") from error
+    finally:
+        if loader is not None:
+            loader.dispose()
 
 
-def _refuse_duplicates(mapping: yaml.MappingNode, path: str) -> None:
+def _refuse_duplicates(node: yaml.Node) -> None:
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _refuse_duplicates(item)
+    if not isinstance(node, yaml.MappingNode):
+        return
     lines: dict[str, int] = {}
-    for key, value in mapping.value:
+    for key, value in node.value:
         line = key.start_mark.line + 1
+        if not isinstance(key, yaml.ScalarNode):
+            raise ValueError(f"the key on line {line} is no word")
         if key.value in lines:
-            raise ValueError(f"{path}: {key.value!r} stands on line {lines[key.value]} and on line {line}. Keep one.")
+            raise ValueError(f"{short(key.value)} stands on line {lines[key.value]} and on line {line}, keep one")
         lines[key.value] = line
-        if isinstance(value, yaml.MappingNode):
-            _refuse_duplicates(value, path)
+        _refuse_duplicates(value)
 
 
 def _checked(value: Any, action: Action, place: str) -> Any:
@@ -73,19 +121,19 @@ def _checked(value: Any, action: Action, place: str) -> Any:
 
 
 def _checked_one(value: Any, action: Action, place: str) -> Any:
-    if isinstance(value, dict):
-        value = json.dumps(value)
     if value is None or isinstance(value, list):
-        raise ValueError(f"{place}={value!r}: one value is needed here.")
+        raise ValueError(f"{place}={short(value)}: one value is needed here.")
     if isinstance(value, bool) and (action.choices or action.type in (None, str)):
         raise ValueError(
             f"{place}={value!r}: YAML reads a bare yes, no, on or off as true or false. Put the word in quotes."
         )
     try:
-        converted = action.type(str(value)) if action.type else str(value)
+        word = json.dumps(value) if isinstance(value, dict) else str(value)
+        converted = action.type(word) if action.type else word
     except (ValueError, TypeError, ArgumentTypeError) as error:
         kind = getattr(action.type, "__name__", "value")
-        raise ValueError(f"{place}={value!r} does not read as {kind}: {error}.") from error
+        raise ValueError(f"{place}={short(value)} does not read as {kind}: {short(str(error))}.") from error
     if action.choices and converted not in action.choices:
-        raise ValueError(f"{place}={value!r} is not allowed. Choose one of {', '.join(map(str, action.choices))}.")
+        choices = ", ".join(map(str, action.choices))
+        raise ValueError(f"{place}={short(value)} is not allowed. Choose one of {choices}.")
     return converted

@@ -129,7 +129,7 @@ def test_yaml_mistakes_are_named(write_yaml, text, message):
 
 
 def test_yaml_cannot_make_objects(write_yaml):
-    with pytest.raises(yaml.constructor.ConstructorError):
+    with pytest.raises(ValueError, match=r"run\.yaml, line 1: no tag is read here"):
         parse(["--config", write_yaml("run_name: !!python/object/apply:os.getcwd []\n"), *NEEDED])
 
 

@@ -127,5 +127,5 @@ def _parse_option(arm: str, option: str) -> tuple[str, Any]:
         raise ValueError(f"arm {arm!r}: there is no option {key!r}. {hint}")
     try:
         return key, json.loads(value)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # no JSON: a word
         return key, value

@@ -1,11 +1,14 @@
 """The results of a comparison on disk: one file a run, so that a comparison that is killed loses one run at most."""
 
 import json
+import math
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from comparison.run import Result
+from lora_ga_trainer.json_file import is_number, read_json, short
 
 
 class Store:
@@ -48,8 +51,8 @@ class Store:
         for name in sorted(found.keys() | self.settings.keys()):
             if found.get(name) != self.settings.get(name):
                 raise ValueError(
-                    f"{self._path}: the comparison there was made with {name}={found.get(name)!r}, this one has "
-                    f"{self.settings.get(name)!r}. Name another --output_dir, or delete that folder."
+                    f"{self._path}: the comparison there was made with {name}={short(found.get(name))}, this one "
+                    f"has {short(self.settings.get(name))}. Name another --output_dir, or delete that folder."
                 )
 
 
@@ -61,10 +64,7 @@ def write_whole(path: Path, content: Any) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} can't be read ({error}). Delete it to have it made again.") from error
+    content = read_json(path, "JSON of this comparison", "Delete it to have it made again.", constants=True)
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no JSON object. Delete it to have it made again.")
     return content
@@ -74,4 +74,39 @@ def _read_result(path: Path) -> Result:
     content = _read(path)
     if content.keys() != {f.name for f in fields(Result)}:
         raise ValueError(f"{path} is no result of this version. Delete it to run that arm, rate and seed again.")
+    for name, value in content.items():
+        if not _KINDS[name](value):
+            raise ValueError(
+                f"{path} is no result: {name}={short(value)}. Delete it to run that arm, rate and seed again."
+            )
     return Result(**content)
+
+
+def _is_count(value: Any) -> bool:
+    return is_number(value) and type(value) is int and value >= 0
+
+
+def _is_time(value: Any) -> bool:
+    return is_number(value) and 0 <= value < math.inf
+
+
+def _are_evals(value: Any) -> bool:
+    """Metrics may be `NaN` or infinite: a run that diverged is a result."""
+    return isinstance(value, list) and all(
+        isinstance(point, dict) and "step" in point and all(map(is_number, point.values())) for point in value
+    )
+
+
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    "arm": lambda value: isinstance(value, str),
+    "rate": lambda value: _is_time(value) and value > 0,
+    "seed": _is_count,
+    "evals": _are_evals,
+    "step_seconds": lambda value: value is None or _is_time(value),
+    "eval_seconds": lambda value: value is None or _is_time(value),
+    "start_seconds": _is_time,
+    "peak_bytes": lambda value: value is None or _is_count(value),
+    "trained": _is_count,
+    "stored": _is_count,
+    "environment": lambda value: isinstance(value, dict),
+}
