@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -180,15 +179,22 @@ def _check_checkpoints(trainer: Trainer) -> None:
         folder = resume_from_checkpoint
         if folder:
             require_resumable_engine(trainer)
-        if folder is True:
-            folder = newest_complete_checkpoint(trainer) or True  # there is none at all: the Trainer's own error
-        elif folder:
+            folder = _require_newest(trainer) if folder is True else folder
             require_complete(trainer, folder)
-        if isinstance(folder, (str, os.PathLike)):
             require_resumable(folder, trainer.accelerator.unwrap_model(trainer.model))
         return train(folder, *args, **kwargs)
 
     trainer.train = checked_train  # type: ignore[method-assign]
+
+
+def _require_newest(trainer: Trainer) -> str:
+    folder = newest_complete_checkpoint(trainer)
+    if folder is None:
+        raise ValueError(
+            f"No valid checkpoint found in output directory ({trainer.args.output_dir}): there is none that was "
+            "written to its end. Train without resume_from_checkpoint, or name another folder."
+        )
+    return folder
 
 
 def _require_sound_optimizer(trainer: Trainer, model: nn.Module) -> None:

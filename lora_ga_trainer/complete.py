@@ -42,24 +42,14 @@ def newest_complete_checkpoint(trainer: Trainer) -> str | None:
     lists the folders; one counts as complete if it is for every process, each of which looks at what it would load.
 
     Returns:
-        Its folder; `None` where there is no checkpoint.
-
-    Raises:
-        `ValueError`: if there are checkpoints and none is complete.
+        Its folder; `None` where no checkpoint is complete.
     """
-    skipped = ""
     for folder in gather_object([_checkpoints(trainer.args.output_dir)])[0]:
         problem = _problem(trainer, folder)
         if problem is None:
             return folder
-        skipped = skipped or f"{folder}: {problem}"
         if trainer.is_world_process_zero():
             logger.warning("%s was cut short or damaged and is skipped: %s.", folder, problem)
-    if skipped:
-        raise ValueError(
-            f"No checkpoint in output directory ({trainer.args.output_dir}) is complete. The newest is {skipped}. "
-            "Train from the start (without resume_from_checkpoint), or restore a checkpoint."
-        )
     return None
 
 
