@@ -350,6 +350,9 @@ def test_a_run_that_was_cut_off_continues_and_ends_where_it_would_have(task, nam
     with pytest.raises(_Stop):
         run_arm(task, arm(name), RATE, seed=0, points=4)
     run_arm(task, arm(name), RATE, seed=0, points=1, steps=2)  # the plan's trial must not cost it its checkpoint
+    (last,) = task.folder.glob("runs/*/*/checkpoint-*")
+    last.with_name("checkpoint-6").mkdir()  # killed again, while it wrote the next one
+    (last.with_name("checkpoint-6") / "trainer_state.json").write_text("{")
     steps = []
     monkeypatch.setattr(
         comparison_run._Stopwatch, "on_step_end", lambda self, args, state, *a, **k: steps.append(state.global_step)

@@ -16,13 +16,13 @@ from data import TaskData
 from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 from transformers import PrinterCallback, Seq2SeqTrainingArguments, Trainer, TrainerCallback, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from comparison.arms import Arm
 from comparison.environment import environment
 from comparison.memory import PeakMemory
 from comparison.starts import Samples
 from lora_ga_trainer.anchor import anchored_parameter_names
+from lora_ga_trainer.complete import newest_complete_checkpoint
 
 
 # What the Trainer says about its own speed, which is measured here without evaluations.
@@ -109,8 +109,8 @@ def run_arm(task: Task, arm: Arm, rate: float, seed: int, points: int, steps: in
     """
     Train one arm from a fresh base.
 
-    A run that was cut off continues from its last checkpoint where `save_strategy` leaves any, and begins anew
-    otherwise; the start is made again before the checkpoint is loaded, for arms that change the base.
+    A run that was cut off continues from its last complete checkpoint where `save_strategy` leaves any, and begins
+    anew otherwise; the start is made again before the checkpoint is loaded, for arms that change the base.
 
     Args:
         task: what all runs share.
@@ -124,8 +124,7 @@ def run_arm(task: Task, arm: Arm, rate: float, seed: int, points: int, steps: in
     peak, watch, begin = PeakMemory(), _Stopwatch(), time.perf_counter()
     trainer = build_trainer(task, arm, args)
     trainer.add_callback(watch)
-    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=newest_complete_checkpoint(trainer))
     evals = [log for log in trainer.state.log_history if "eval_loss" in log]
     trained, stored = count_numbers(trainer.accelerator.unwrap_model(trainer.model))
     result = Result(
