@@ -1,8 +1,8 @@
 """
 Files that this package and its recipes read are read whole or refused by name, whatever bytes they hold.
 
-More than 10,000 cases: 4,000 records, 2,000 results, 1,000 settings, 1,000 files of answers and 2,500 YAML files here,
-2,500 saved probes in test_fuzz_probe.py, 600 files of rows in test_fuzz_rows.py. Without the slow ones a twentieth.
+10,500 cases: 2,500 records, 1,500 results, 750 settings, 750 files of answers and 2,400 YAML files here, 2,000 saved
+probes in test_fuzz_probe.py, 600 files of rows in test_fuzz_rows.py. Without the slow ones a twentieth.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def counts(number: int) -> pytest.MarkDecorator:
 RECORD = {"format": 1, "init": "lora_ga", "rank": 4, "anchored": True, "base": "0123456789abcdef0123456789abcdef"}
 
 
-@counts(4000)
+@counts(2500)
 def test_a_record(count: int, tmp_path: Path) -> None:
     folder, copy = tmp_path / "adapter", tmp_path / "copy"
     folder.mkdir()
@@ -62,7 +62,7 @@ RESULT = {
 }  # fmt: skip
 
 
-@counts(2000)
+@counts(1500)
 def test_a_result_of_a_comparison(count: int, tmp_path: Path) -> None:
     store = Store(tmp_path, {})
     store.open()
@@ -80,7 +80,7 @@ def test_a_result_of_a_comparison(count: int, tmp_path: Path) -> None:
     fuzz_file(file, damaged(edited_objects(RESULT) | json_texts()), law, count)
 
 
-@counts(1000)
+@counts(750)
 def test_the_settings_of_a_comparison(count: int, tmp_path: Path) -> None:
     ours = {"max_steps": 4, "prompt_template": "{prompt}", "train_file": None, "rates": [0.1]}
     law = Law(tmp_path, lambda: Store(tmp_path, ours), lambda store: None, "settings.json")
@@ -90,7 +90,7 @@ def test_the_settings_of_a_comparison(count: int, tmp_path: Path) -> None:
 ANSWER = {"id": 0, "prompt": "1 + 1", "model": "m", "answer": "2"}
 
 
-@counts(1000)
+@counts(750)
 def test_a_file_of_answers(count: int, tmp_path: Path) -> None:
     """A line that a stopped run left unfinished is cut off; every other line counts."""
     path = tmp_path / "answers.jsonl"
@@ -156,7 +156,7 @@ def bombs() -> st.SearchStrategy[str]:
     return st.sampled_from([laughs, f"lr_scheduler_kwargs: {{{laughs}}}", "@x*300000@", *nested])
 
 
-@counts(2500)
+@counts(2000)
 def test_a_yaml_file(count: int, tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     fresh = [(action, action.default, action.required) for action in PARSER._actions]

@@ -120,7 +120,7 @@ def files(draw: st.DrawFn, header: dict[str, Any], data: bytes) -> tuple[bytes, 
     return text, data, length
 
 
-@pytest.mark.parametrize("count", [125, pytest.param(2500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [100, pytest.param(2000, marks=pytest.mark.slow)])
 def test_a_saved_probe(count: int, probe: Probe) -> None:
     law = probe.law()
 
