@@ -161,7 +161,7 @@ def test_does_not_depend_on_the_micro_batch(batch_size: int, tmp_path: Any) -> N
 def test_activation_checkpointing_changes_nothing(reentrant: bool, tmp_path: Any) -> None:
     rows = tiny.causal_rows(8)
     model = adapted()
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+    tiny.checkpoint_activations(model, use_reentrant=reentrant)
     if reentrant:
         model.enable_input_require_grads()
     found = probed(in_order(rows, tmp_path, model), exact(num_samples=8))
@@ -600,7 +600,7 @@ def test_loading_on_other_experts_is_refused(tmp_path: Any) -> None:
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_trains_the_same(reentrant: bool) -> None:
     model, checkpointed = anchored(), anchored()
-    checkpointed.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+    tiny.checkpoint_activations(checkpointed, use_reentrant=reentrant)
     if reentrant:
         checkpointed.enable_input_require_grads()
     for one in (model, checkpointed):

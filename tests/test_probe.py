@@ -175,7 +175,7 @@ def test_activation_checkpointing_changes_nothing(reentrant: bool, tmp_path: Any
     rows = tiny.causal_rows(8)
     plain = tiny.llama().eval()
     adapted = tiny.with_lora(tiny.llama())
-    adapted.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+    tiny.checkpoint_activations(adapted, use_reentrant=reentrant)
     if reentrant:
         adapted.enable_input_require_grads()
     found = probe(in_order(rows, tmp_path, adapted), exact(num_samples=8))
@@ -204,7 +204,7 @@ def test_a_loss_that_switches_the_adapter_off_and_on_leaves_no_gradients(
     rows = tiny.causal_rows(8, ragged=False)
     plain, adapted = tiny.llama().eval(), tiny.with_lora(tiny.llama())
     if checkpointing:
-        adapted.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        tiny.checkpoint_activations(adapted, use_reentrant=False)
     trainer = Distant(
         adapted,
         tiny.arguments(tmp_path, train_sampling_strategy="sequential", per_device_train_batch_size=2),

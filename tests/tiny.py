@@ -132,6 +132,12 @@ def with_lora(model: nn.Module, seed: int = 5, **changes: Any) -> PeftModel:
     return get_peft_model(model, LoraConfig(**settings))
 
 
+def checkpoint_activations(model: nn.Module, use_reentrant: bool) -> None:
+    """Call the method by the name that it has in this release of transformers; the older one is deprecated."""
+    renamed = getattr(model, "activation_checkpointing_enable", None)
+    (renamed or model.gradient_checkpointing_enable)({"use_reentrant": use_reentrant})
+
+
 def arguments(folder: Any, **changes: Any) -> TrainingArguments:
     settings = {
         "output_dir": str(folder),
