@@ -1,6 +1,8 @@
 """Read rows: json, jsonl, csv, tsv, and folders of text files, one folder a class."""
 
 import csv
+import gzip
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ from lora_ga_trainer.json_file import short
 
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
+_MAX_DEPTH = 100
+_TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|[][{}]|[^][{}",:\s]+')  # a word in quotes, a bracket, a bare word
 UNQUOTED_TABS = {"sep": "\t", "quoting": csv.QUOTE_NONE}  # a .tsv file does not quote: a lone " is a character
 
 
@@ -42,11 +46,35 @@ def read_local(path: str, column_names: list[str] | None = None) -> Dataset:
         raise ValueError(f"{path}: {suffix!r} is no known format. Use {', '.join(SUFFIXES)} or a folder.")
     try:
         if suffix in (".json", ".jsonl"):
+            _require_rows(place)
             return load_dataset("json", data_files=path, split="train")
         return _read_table(place, column_names, UNQUOTED_TABS if suffix == ".tsv" else {})
     except Exception as error:  # of Arrow, datasets, gzip or pandas; an empty file is a StopIteration
         cause = short(str(error.__cause__ or error))
         raise ValueError(f"{path} can't be read as {suffix}: {cause}. Mend the file.") from error
+
+
+def _require_rows(file: Path) -> None:
+    """
+    Refuse what ends the process inside Arrow: nesting of 100,000 levels, and a bare `null` in the place of a row.
+
+    Raises:
+        `ValueError`: if anything stands outside of objects and lists, or is nested deeper than rows ever are.
+    """
+    depth = 0
+    with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            line = line.removeprefix(b"\xef\xbb\xbf").strip()
+            few = line.count(b"[") + line.count(b"{") <= _MAX_DEPTH
+            if depth == 0 and few and line[:1] == b"{" and line[-1:] == b"}" and b"null" not in line:
+                continue  # a row of its own, as nearly all are
+            for token in _TOKEN.finditer(line):
+                change = {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(token[0], 0)
+                if depth + change > _MAX_DEPTH:
+                    raise ValueError(f"line {number} is nested deeper than {_MAX_DEPTH}")
+                if depth + change < 0 or depth == change == 0:
+                    raise ValueError(f"line {number}: {short(token[0])} is no row, rows are objects")
+                depth += change
 
 
 def read_hub(name: str, config: str | None, split: str, label_field: str | None = None) -> Dataset:

@@ -79,6 +79,28 @@ def test_a_file_of_rows(name: str, share: int, tmp_path: Path) -> None:
     fuzz_file(tmp_path / name, damaged(texts()), law, count // share)
 
 
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.jsonl.gz"])
+@pytest.mark.parametrize("start", ['{"a": ', "", '{"a": "["}\n{"a":\n '])
+def test_rows_nested_without_end_are_refused_and_end_no_process(name: str, start: str, tmp_path: Path) -> None:
+    content = (start + "[" * 100_000).encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    with pytest.raises(ValueError, match=rf"{name} can't be read .* nested deeper"):
+        read_local(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("content", ["null", '{"a": 1}\nnull\n', '{"a": 1} null {"a": 1}', "\ufeffnull", "]"])
+def test_what_is_no_row_is_refused_and_ends_no_process(content: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"rows\.jsonl can't be read .* is no row"):
+        read_local(str(tmp_path / "rows.jsonl"))
+
+
+def test_brackets_in_words_are_no_nesting(tmp_path: Path) -> None:
+    text = '[{"text": "' + "[" * 1000 + '\\" [", "label": [[1]]}]'
+    (tmp_path / "rows.json").write_text(text)
+    assert read_local(str(tmp_path / "rows.json"))[0]["text"] == "[" * 1000 + '" ['
+
+
 # --- pickles ---------------------------------------------------------------------------------------------------------
 
 
