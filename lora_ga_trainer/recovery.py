@@ -137,12 +137,17 @@ def top_svd(
     Compute the top `k` singular triplets of a `G` that is known whole: subspace iteration (Halko, Martinsson, Tropp,
     arXiv 0909.4061, algorithm 4.4), with no SVD larger than `start` has columns. All in the dtype of `G`.
     """
-    scale = largest(G)  # not every device's factorisations look after squares that overflow or vanish
-    Q = torch.linalg.qr(G @ start / scale).Q
+    total, scale = G.double().square().sum().item(), largest(G)
+    # Not every device's factorisations look after squares that overflow or vanish. A copy is made where they could.
+    if 1e-15 < scale.item() < 1e15:
+        scale = torch.ones_like(scale)
+    else:
+        G = G / scale
+    Q = torch.linalg.qr(G @ start).Q
     for _ in range(6):
-        Q = torch.linalg.qr(G @ torch.linalg.qr(G.T @ Q / scale).Q / scale).Q
-    U, S, Vt = torch.linalg.svd(Q.T @ G / scale, full_matrices=False)
-    return TopSVD(Q @ U[:, :k], S[:k] * scale[0], Vt[:k], total=G.double().square().sum().item(), kept=1.0)
+        Q = torch.linalg.qr(G @ torch.linalg.qr(G.T @ Q).Q).Q
+    U, S, Vt = torch.linalg.svd(Q.T @ G, full_matrices=False)
+    return TopSVD(Q @ U[:, :k], S[:k] * scale[0], Vt[:k], total=total, kept=1.0)
 
 
 def largest(

@@ -142,8 +142,17 @@ def yaml_texts() -> st.SearchStrategy[str]:
     keys = st.sampled_from(KEYS) | st.sampled_from(["lora_rr", "~", "1", "? [a]", "!!str lora_r", "&a lora_r", "<<"])
     plain = st.sampled_from(["8", "0.5", "lora_ga", "true", "word", "[q_proj, v_proj]", "1e-3", "'on'"])
     values = plain | plain | st.sampled_from(ODD_YAML) | scalars() | json_texts()
-    lines = st.tuples(keys, values).map(lambda line: f"{line[0]}: {line[1]}\n")
-    return st.lists(lines, min_size=1, max_size=4).map("".join)
+    good = [
+        "lora_r: 8",
+        "init: lora_ga",
+        "gamma: 0.5",
+        "target_modules: [q_proj, v_proj]",
+        "bf16: true",
+        "task: seq2seq",
+    ]
+    lines = st.sampled_from(good) | st.tuples(keys, values).map(lambda line: f"{line[0]}: {line[1]}")
+    several = st.lists(lines, min_size=1, max_size=3) | st.lists(st.sampled_from(good), min_size=1, unique=True)
+    return several.map(lambda some: "".join(f"{line}\n" for line in some))
 
 
 def bombs() -> st.SearchStrategy[str]:

@@ -237,3 +237,13 @@ def test_a_gradient_that_goes_under_in_fp32_is_zero_or_a_start(exponent: int, sk
         torch.testing.assert_close(top.U @ top.U.T, plain.U @ plain.U.T, atol=1e-3, rtol=0)
         assert top.kept == pytest.approx(plain.kept, abs=1e-3)
         assert top.S[0].item() / 2.0**exponent == pytest.approx(plain.S[0].item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (32, 40)])
+def test_a_number_near_the_end_of_fp32_overflows_in_no_product(shape: tuple[int, int]) -> None:
+    """Sketches of such a gradient are infinite, which the probe refuses by name; a whole one is still in range."""
+    estimator = ExactGradient(shape)
+    estimator.G[1, 2], estimator.G[3, 4] = 3e38, 1e38
+    top = estimator.svd(2)
+    torch.testing.assert_close(top.S / 1e38, torch.tensor([3.0, 1.0]))
+    assert top.U[1, 0].abs().item() == pytest.approx(1.0)
