@@ -8,7 +8,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,14 @@ CASES: dict[str, tuple[Callable, type[BaseException], str]] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c_raises() -> Iterator[None]:
+    """As in a terminal: a shell that starts a program in the background makes it ignore the signal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_the_model_is_left_as_it_was_found(case: str, tmp_path: Path) -> None:
     act, kind, message = CASES[case]
@@ -138,9 +146,10 @@ def test_labels_that_are_all_ignored_are_an_error_and_one_such_batch_is_none(tmp
     some = rows(poisoned=None)
     for row in some[:4]:  # the whole first micro-batch, and all that is seen before the first turning points
         row["labels"] = torch.full_like(row["labels"], -100)
-    trainer = make(tmp_path / "some", train_dataset=some)
+    trainer = make(tmp_path / "some", train_dataset=some, lora_ga_config=LoRAGAConfig(num_samples=16, sketch_size=4))
     trainer.train()
     report = trainer.lora_ga_report
+    assert any(layer.sketched for layer in report.layers)
     assert report.items == sum(int(row["labels"][1:].ne(-100).sum()) for row in some)
     assert all(layer.energy_kept > 0.5 for layer in report.layers)
 
