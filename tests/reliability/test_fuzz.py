@@ -182,7 +182,7 @@ def test_a_yaml_file(count: int, tmp_path: Path) -> None:
         for key, value in found.items():
             for item in value if isinstance(value, list) else [value]:
                 assert not kinds[key].choices or item in kinds[key].choices
-                assert item is None or isinstance(item, (str, int, float))
+                assert item is None or isinstance(item, (str, int, float, Path))
 
     try:
         fuzz_file(path, damaged(yaml_texts() | bombs()), Law(tmp_path, read, check, path.name), count)
