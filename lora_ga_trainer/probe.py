@@ -251,7 +251,8 @@ class _Probe:
         if not met:
             return
         # A NaN or an infinity anywhere makes the sum of an accumulator non-finite: one small number a layer.
-        checks = torch.stack([sum(e.sums()[0].sum() for e in self.by_index[index]).cpu() for index in met])
+        total = lambda index: sum(part.sum() for e in self.by_index[index] for part in e.sums())
+        checks = torch.stack([total(index).cpu() for index in met])
         bad = [index for index, check in zip(met, checks.tolist(), strict=True) if not math.isfinite(check)]
         if bad:
             more = f" (the backward pass carried it to {len(bad) - 1} more layers)" if len(bad) > 1 else ""
