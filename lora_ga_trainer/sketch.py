@@ -296,10 +296,11 @@ def is_sketched(shape: tuple[int, int], k: int) -> bool:
     """
     Tell whether a sketch is worth it: `4 k (in + out)` operations a token against `2 in out` for `G`.
 
-    It has to save half of them, which pays for the turning points; in memory it saves half, too.
+    It has to save half of them, which pays for the turning points; in memory it saves half, too. And it has to be a
+    small part of the layer: at a width of 6 k (MiniLM's 384, r = 8) it kept .93 of directions 9-16, the worst .81.
     """
     out_features, in_features = shape
-    return in_features * out_features > 4 * k * (in_features + out_features)
+    return in_features * out_features > 4 * k * (in_features + out_features) and min(shape) > 6 * k
 
 
 def make_estimators(
