@@ -265,6 +265,8 @@ class _Probe:
         """Turn the sketches that have seen anything, alike everywhere: each process computes its share of them."""
         self._sum([part for sketch in sketches for part in sketch.since_last_turn()])
         sketches = [sketch for sketch in sketches if sketch.since_last_turn()[0].any()]  # an expert may have seen none
+        if not sketches:  # no label so far, on any process
+            return
         codes = gather_integers(self.trainer, *(DTYPES.index(sketch.dtype) for sketch in sketches))
         rank, size = self.trainer.accelerator.process_index, len(codes)
         for sketch, code in zip(sketches, zip(*codes, strict=True), strict=True):

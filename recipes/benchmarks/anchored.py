@@ -15,7 +15,6 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 
@@ -24,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from comparison.environment import environment
 from comparison.memory import PeakMemory
-from cost_models import MODELS
+from cost_models import MODELS, clock
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
@@ -61,17 +60,11 @@ class Training:
 
     def step(self, ids: Tensor) -> float:
         """Take one step; return its seconds."""
-        begin = clock(ids.device)
+        begin = clock()
         self.model(input_ids=ids, labels=ids).loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return clock(ids.device) - begin
-
-
-def clock(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
+        return clock() - begin
 
 
 def make(args: argparse.Namespace) -> tuple[nn.Module, Tensor]:

@@ -15,11 +15,10 @@ import argparse
 import json
 import platform
 import statistics
-import time
 from pathlib import Path
 
 import torch
-from cost_models import MODELS
+from cost_models import MODELS, clock
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
@@ -39,20 +38,14 @@ def make_optimizers(model: nn.Module) -> dict[str, torch.optim.Optimizer]:
     }
 
 
-def clock(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def one_round(model: nn.Module, optimizer: torch.optim.Optimizer, ids: torch.Tensor) -> tuple[float, float]:
     """Return the seconds of a whole training step and of `optimizer.step()` in it."""
-    begin = clock(ids.device)
+    begin = clock()
     optimizer.zero_grad()
     model(input_ids=ids, labels=ids).loss.backward()
-    before = clock(ids.device)
+    before = clock()
     optimizer.step()
-    end = clock(ids.device)
+    end = clock()
     return end - begin, end - before
 
 

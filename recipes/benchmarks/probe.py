@@ -19,7 +19,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 
@@ -28,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from comparison.environment import environment
 from comparison.memory import PeakMemory
-from cost_models import MODELS
+from cost_models import MODELS, clock
 from peft import LoraConfig, LoraGAConfig, get_peft_model
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor, nn
@@ -38,12 +37,6 @@ from lora_ga_trainer import LoRAGAConfig, LoRAGATrainer
 
 
 LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-def clock() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def passes(model: nn.Module, batches: list[Tensor]) -> None:
