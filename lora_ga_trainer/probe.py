@@ -29,7 +29,8 @@ from .samples import (
     require_rewindable,
     sample_pieces,
 )
-from .sketch import DTYPES, Estimator, SketchedGradient, forget_shared_matrices, make_estimators, turn, turning_points
+from .sketch import DTYPES, Estimator, SketchedGradient, forget_shared_matrices, make_estimators, turning_points
+from .stacks import turn
 from .tap import tapped, tapped_parameters
 
 

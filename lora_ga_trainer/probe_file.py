@@ -19,7 +19,8 @@ from .fingerprint import fingerprint_base, fingerprint_dataset, fingerprint_head
 from .json_file import is_number, parse_json, short
 from .layers import AdaptedLayer
 from .probe import GradientEstimate
-from .sketch import Estimator, require_state_shapes, restore_estimator
+from .sketch import Estimator
+from .sketch_state import require_state_shapes, restore_estimator
 
 
 _FORMAT = "2"

@@ -85,69 +85,80 @@ def _stronger_half_inverse(
 
 
 def recover(
-    T: Tensor,  # (in, t + 16): t test columns, then 16 Gaussian ones
-    L: Tensor,  # (out, t + 16): the same on the other side
-    S: Tensor,  # (t,)
-    Y: Tensor,  # (out, t + 16): G T of what `S` does not hold; the last 16 of all
-    Z: Tensor,  # (in, t + 16): G^T L in the same way
+    T: Tensor,  # (n, in, t + 16): t test columns, then 16 Gaussian ones
+    L: Tensor,  # (n, out, t + 16): the same on the other side
+    S: Tensor,  # (n, t)
+    Y: Tensor,  # (n, out, t + 16): G T of what `S` does not hold; the last 16 of all
+    Z: Tensor,  # (n, in, t + 16): G^T L in the same way
     k: int,
-) -> TopSVD:
-    """Recover the top `k` singular triplets of `L diag(S) T^T + G`, see [`merge`]; all fp64."""
-    t = T.shape[1] - HELD_OUT
-    (T, w), (L, z) = T.split([t, HELD_OUT], dim=1), L.split([t, HELD_OUT], dim=1)
-    (Y, Gw), (Z, Gz) = Y.split([t, HELD_OUT], dim=1), Z.split([t, HELD_OUT], dim=1)
+) -> list[TopSVD]:
+    """Recover the top `k` singular triplets of each `L diag(S) T^T + G`, see [`merge`]; all fp64."""
+    t = T.shape[-1] - HELD_OUT
+    (T, w), (L, z) = T.split([t, HELD_OUT], dim=-1), L.split([t, HELD_OUT], dim=-1)
+    (Y, Gw), (Z, Gz) = Y.split([t, HELD_OUT], dim=-1), Z.split([t, HELD_OUT], dim=-1)
     U, S, V = merge(T, L, S, Y, Z)
-    if not S[0] > 0:
-        return TopSVD(U[:, :k].float(), S[:k].float(), V[:, :k].T.float(), total=0.0, kept=1.0)
-    S, order = _without_overshoot(S, (U.T @ Gw, V.T @ w), (V.T @ Gz, U.T @ z)).sort(descending=True, stable=True)
-    U, S, V = U[:, order[:k]], S[:k], V[:, order[:k]]
-    Vt = V.T
+    scale = largest(S[..., None])
+    S, Gw, Gz = S / scale[..., 0], Gw / scale, Gz / scale
+    S, order = _without_overshoot(S, (U.mT @ Gw, V.mT @ w), (V.mT @ Gz, U.mT @ z)).sort(descending=True, stable=True)
+    first = order[..., None, :k]
+    U, S, V = U.take_along_dim(first, dim=-1), S[..., :k], V.take_along_dim(first, dim=-1)
     # The columns that the recovery never saw measure what it missed: || M w ||^2 / 16 estimates || M ||^2.
-    scale = S[0]
-    S, Gw, Gz = S / scale, Gw / scale, Gz / scale
-    energy = lambda M: M.square().sum() / HELD_OUT
-    SVw, SUz = S[:, None] * (Vt @ w), S[:, None] * (U.T @ z)
-    held = S.square().sum()
-    of_u, of_v = held + energy(U.T @ Gw - SVw), held + energy(Vt @ Gz - SUz)  # || U^T G ||^2, || G V ||^2
-    kept = (torch.minimum(of_u, of_v) / (of_u + of_v - held)).item()
-    total = (held + (energy(Gw - U @ SVw) + energy(Gz - V @ SUz)) / 2) * scale**2
-    return TopSVD(U.float(), (S * scale).float(), Vt.float(), total=total.item(), kept=kept)
+    energy = lambda M: M.square().sum(dim=(-2, -1)) / HELD_OUT
+    SVw, SUz = S[..., None] * (V.mT @ w), S[..., None] * (U.mT @ z)
+    held = S.square().sum(dim=-1)
+    of_u, of_v = held + energy(U.mT @ Gw - SVw), held + energy(V.mT @ Gz - SUz)  # || U^T G ||^2, || G V ||^2
+    kept = torch.where(held > 0, torch.minimum(of_u, of_v) / (of_u + of_v - held), 1.0)
+    total = (held + (energy(Gw - U @ SVw) + energy(Gz - V @ SUz)) / 2) * scale[..., 0, 0] ** 2
+    return _of_each(U, S * scale[..., 0], V.mT, total, kept)
 
 
 def _without_overshoot(
-    S: Tensor,  # (t,)
-    *seen: tuple[Tensor, Tensor],  # (t, 16) each: what a fresh column gave, and what `S` multiplies to tell it
-) -> Tensor:  # (t,)
+    S: Tensor,  # (..., t)
+    *seen: tuple[Tensor, Tensor],  # (..., t, 16) each: what a fresh column gave, and what `S` multiplies to tell it
+) -> Tensor:  # (..., t)
     """
     Take singular values down that fresh columns contradict, to what fits those best.
 
     Where the spectrum is flat and longer than a sketch is wide, `c a^+ b` divides small numbers by small ones. Half of
     `S` is what no rounding and hardly any draw of the columns brings about.
     """
-    fitted = sum((of_G * of_S).sum(dim=1) for of_G, of_S in seen) / sum(of_S.square().sum(dim=1) for _, of_S in seen)
+    fitted = sum((of_G * of_S).sum(dim=-1) for of_G, of_S in seen) / sum(of_S.square().sum(dim=-1) for _, of_S in seen)
     return torch.where(fitted < S / 2, torch.maximum(fitted, _NOISE * S), S)
 
 
 def top_svd(
-    G: Tensor,  # (out, in)
+    G: Tensor,  # (n, out, in)
     k: int,
-    start: Tensor,  # (in, more than k), Gaussian
-) -> TopSVD:
+    start: Tensor,  # (in, c), Gaussian, c > k
+) -> list[TopSVD]:
     """
-    Compute the top `k` singular triplets of a `G` that is known whole: subspace iteration (Halko, Martinsson, Tropp,
-    arXiv 0909.4061, algorithm 4.4), with no SVD larger than `start` has columns. All in the dtype of `G`.
+    Compute the top `k` singular triplets of each `G`, known whole, in its dtype.
+
+    Where `start` has fewer columns than `G`, by subspace iteration (Halko, Martinsson, Tropp, arXiv 0909.4061,
+    algorithm 4.4), with no SVD larger than c.
     """
-    total, scale = G.double().square().sum().item(), largest(G)
+    total = torch.linalg.vector_norm(G, dim=(-2, -1), dtype=torch.float64).square()
+    scale = largest(G)
     # Not every device's factorisations look after squares that overflow or vanish. A copy is made where they could.
-    if 1e-15 < scale.item() < 1e15:
-        scale = torch.ones_like(scale)
-    else:
+    safe = torch.logical_and(scale > 1e-15, scale < 1e15)
+    scale = torch.where(safe, 1.0, scale)
+    if not safe.all():
         G = G / scale
-    Q = torch.linalg.qr(G @ start).Q
-    for _ in range(6):
-        Q = torch.linalg.qr(G @ torch.linalg.qr(G.T @ Q).Q).Q
-    U, S, Vt = torch.linalg.svd(Q.T @ G, full_matrices=False)
-    return TopSVD(Q @ U[:, :k], S[:k] * scale[0], Vt[:k], total=total, kept=1.0)
+    if start.shape[1] < min(G.shape[-2:]):
+        Q = torch.linalg.qr(G @ start).Q
+        for _ in range(6):
+            Q = torch.linalg.qr(G @ torch.linalg.qr(G.mT @ Q).Q).Q
+        U, S, Vt = torch.linalg.svd(Q.mT @ G, full_matrices=False)
+        U = Q @ U
+    else:
+        U, S, Vt = torch.linalg.svd(G, full_matrices=False)
+    return _of_each(U[..., :k], S[..., :k] * scale[..., 0], Vt[..., :k, :], total, torch.ones_like(total))
+
+
+def _of_each(U: Tensor, S: Tensor, Vt: Tensor, total: Tensor, kept: Tensor) -> list[TopSVD]:
+    """Take the results of a stack apart."""
+    triplets = zip(U.float(), S.float(), Vt.float(), strict=True)
+    return [TopSVD(*three, *two) for three, *two in zip(triplets, total.tolist(), kept.tolist(), strict=True)]
 
 
 def largest(

@@ -39,15 +39,11 @@ import torch
 from torch import Tensor
 
 from .config import LoRAGAConfig
-from .recovery import HELD_OUT, TopSVD, largest, merge, recover, top_svd
+from .recovery import HELD_OUT, TopSVD, recover, top_svd
 
 
 # Shares of the samples after which the test matrices are made anew from what was seen.
 _TURNING_POINTS = (1 / 16, 1 / 4, 1 / 2)
-_STACKED_BYTES = 2**28  # that sketches of one shape may take together while they are merged
-# Least eigenvalue of the Gram matrix of saved test columns, where its mean is 1. Gaussian columns of a square matrix,
-# which nothing sketches so narrowly, have one of about 1 / k^2.
-_LEAST_GRAM = 1e-10
 # What products can be computed in; the later one wins where processes differ.
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
@@ -79,13 +75,19 @@ class Estimator(Protocol):
         """Turn the sum into the mean."""
 
     def state(self) -> dict[str, Tensor]:
-        """Return all that `svd` needs, by name."""
+        """Return all that `svds` needs, by name."""
+
+    @staticmethod
+    def svds(some: Sequence[Estimator], k: int) -> list[TopSVD]:
+        """Return the top `k` singular triplets of each of `some`, all of this kind, of one shape and on one device."""
 
     def svd(self, k: int) -> TopSVD:
         """Return the top `k` singular triplets."""
+        (top,) = self.svds([self], k)
+        return top
 
 
-class ExactGradient:
+class ExactGradient(Estimator):
     """`G` itself, in fp32."""
 
     sketched = False
@@ -117,17 +119,13 @@ class ExactGradient:
     def state(self) -> dict[str, Tensor]:
         return {"G": self.G}
 
-    def svd(self, k: int) -> TopSVD:
-        G, columns = _narrow(self.G), 6 * k
-        if columns < min(G.shape):
-            return top_svd(G, k, gaussian(G.shape[1], columns, 0, G.device))
-        scale = largest(G)
-        U, S, Vt = torch.linalg.svd(G / scale, full_matrices=False)
-        S = S * scale[0]
-        return TopSVD(U[:, :k], S[:k], Vt[:k], total=S.double().square().sum().item(), kept=1.0)
+    @staticmethod
+    def svds(some: Sequence[ExactGradient], k: int) -> list[TopSVD]:
+        G = stack([narrow(exact.G) for exact in some])
+        return top_svd(G, k, gaussian(G.shape[-1], min(6 * k, *G.shape[-2:]), 0, G.device))
 
 
-class SketchedGradient:
+class SketchedGradient(Estimator):
     """
     `Y = G T (out, k + 16)` and `Z = G^T L (in, k + 16)`, in fp32, and `S (k,)`.
 
@@ -162,7 +160,7 @@ class SketchedGradient:
 
     def add(self, x: Tensor, dy: Tensor, weight: float) -> None:
         x, dy = _one_dtype(x, dy)
-        self._compute_in(x.dtype)
+        self.compute_in(x.dtype)
         _add_product(self.Y, dy, x @ self.T, weight)  # G T = sum dy^T (x T)
         _add_product(self.Z, x, dy @ self.L, weight)  # G^T L = sum x^T (dy L)
 
@@ -171,7 +169,7 @@ class SketchedGradient:
         self.Y.addmm_(G, self.T.to(G), alpha=weight)
         self.Z.addmm_(G.T, self.L.to(G), alpha=weight)
 
-    def _compute_in(self, dtype: torch.dtype) -> None:
+    def compute_in(self, dtype: torch.dtype) -> None:
         """Round the test matrices once: the rounded ones are what the recovery uses."""
         self.dtype = dtype
         if self.T.dtype != dtype:
@@ -194,7 +192,7 @@ class SketchedGradient:
 
     def start_anew(self, U: Tensor, S: Tensor, V: Tensor) -> None:
         """Know `U diag(S) V^T` from now on, and see the samples that come through `V (in, k)` and `U (out, k)`."""
-        self._compute_in(self.dtype)
+        self.compute_in(self.dtype)
         self.T = torch.cat([V.to(self.T), self.T[:, self.k :]], dim=1)
         self.L = torch.cat([U.to(self.L), self.L[:, self.k :]], dim=1)
         self.S = S.to(self.S)
@@ -213,25 +211,10 @@ class SketchedGradient:
     def state(self) -> dict[str, Tensor]:
         return {"T": self.T, "L": self.L, "S": self.S, "Y": self.Y, "Z": self.Z}
 
-    def svd(self, k: int) -> TopSVD:
-        return recover(*(_wide(t) for t in self.state().values()), k)
-
-
-def turn(sketches: Sequence[SketchedGradient]) -> None:
-    """Make the test matrices of `sketches` anew from what they have seen; those of one shape together."""
-    groups: dict[tuple, list[SketchedGradient]] = {}
-    for sketch in sketches:
-        groups.setdefault((sketch.Y.shape, sketch.Z.shape, sketch.Y.device, sketch.dtype), []).append(sketch)
-    for (*_, dtype), group in groups.items():
-        stack = max(1, _STACKED_BYTES // (16 * (group[0].Y.numel() + group[0].Z.numel())))
-        for first in range(0, len(group), stack):
-            some = group[first : first + stack]
-            for sketch in some:
-                sketch._compute_in(dtype)
-            T, L, S = (torch.stack([_narrow(sketch.known()[i]) for sketch in some]) for i in range(3))
-            Y, Z = (torch.stack([_narrow(sketch.since_last_turn()[i]) for sketch in some]) for i in range(2))
-            for sketch, *triplets in zip(some, *merge(T, L, S, Y, Z), strict=True):
-                sketch.start_anew(*triplets)
+    @staticmethod
+    def svds(some: Sequence[SketchedGradient], k: int) -> list[TopSVD]:
+        states = zip(*(sketch.state().values() for sketch in some), strict=True)
+        return recover(*(stack([wide(tensor) for tensor in part]) for part in states), k)
 
 
 @lru_cache(maxsize=64)
@@ -271,12 +254,17 @@ def _add_product(
         total.add_(left.T @ right, alpha=weight)
 
 
-def _narrow(tensor: Tensor) -> Tensor:
+def stack(tensors: Sequence[Tensor]) -> Tensor:  # (n, ...)
+    """Stack tensors of one shape; a single one is not copied."""
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
+
+
+def narrow(tensor: Tensor) -> Tensor:
     """Return `tensor` in fp32, on the CPU where the device has no factorisations."""
     return tensor.float().cpu() if tensor.device.type == "mps" else tensor.float()
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def wide(tensor: Tensor) -> Tensor:
     """Return `tensor` in fp64, on the CPU where the device has none."""
     return tensor.cpu().double() if tensor.device.type == "mps" else tensor.double()
 
@@ -329,55 +317,3 @@ def make_estimators(
             )
         estimators[name] = SketchedGradient(shape, k, config.probe_seed)
     return estimators
-
-
-def require_state_shapes(state: dict[str, tuple[int, ...]], shape: tuple[int, int]) -> None:
-    """
-    Check that tensors of these shapes, by name, are the `state()` of an accumulator of `G (out, in)`.
-
-    Raises:
-        `KeyError`: if one is missing, too many or of another shape.
-    """
-    out_features, in_features = shape
-    if set(state) == {"G"}:
-        expected = {"G": (out_features, in_features)}
-    elif set(state) == {"T", "L", "S", "Y", "Z"}:
-        (k,) = state["S"] if len(state["S"]) == 1 else (0,)
-        if not 0 < k <= min(shape):
-            raise KeyError(f"S has shape {state['S']}, a sketch of {out_features} x {in_features} can't")
-        right, left = (in_features, k + HELD_OUT), (out_features, k + HELD_OUT)
-        expected = {"T": right, "L": left, "S": (k,), "Y": left, "Z": right}
-    else:
-        raise KeyError(f"tensors {sorted(state)[:10]}, expected G, or T, L, S, Y and Z")
-    for name, found in state.items():
-        if found != expected[name]:
-            raise KeyError(f"{name} has shape {found}, expected {expected[name]}")
-
-
-def restore_estimator(state: dict[str, Tensor], shape: tuple[int, int]) -> Estimator:
-    """
-    Make the accumulator whose `state()` is given.
-
-    Raises:
-        `KeyError`: if a tensor is missing, of another shape or dtype, or not finite, or if the columns of a test
-            matrix depend on each other.
-    """
-    require_state_shapes({name: tuple(tensor.shape) for name, tensor in state.items()}, shape)
-    for name, tensor in state.items():
-        if tensor.dtype is not torch.float32 and (name not in ("T", "L") or tensor.dtype not in DTYPES):
-            raise KeyError(f"{name} is of dtype {tensor.dtype}")
-        if not torch.isfinite(tensor).all():
-            raise KeyError(f"{name} is not finite")
-    if "G" in state:
-        exact = ExactGradient((0, 0))
-        exact.G = state["G"]
-        return exact
-    k = state["S"].shape[0]
-    for name in ("T", "L"):
-        gram = _wide(state[name][:, :k]).T @ _wide(state[name][:, :k])
-        if not torch.linalg.eigvalsh(gram / gram.trace().clamp(min=1e-200))[0] > _LEAST_GRAM / k:
-            raise KeyError(f"the columns of {name} depend on each other")
-    sketch = SketchedGradient.__new__(SketchedGradient)
-    sketch.k, sketch.seed, sketch.dtype, sketch.turned = k, 0, state["T"].dtype, True
-    sketch.T, sketch.L, sketch.S, sketch.Y, sketch.Z = (state[name] for name in ("T", "L", "S", "Y", "Z"))
-    return sketch

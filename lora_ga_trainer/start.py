@@ -24,6 +24,7 @@ from .inits import INITS, Place
 from .layers import AdaptedLayer, require_peft_model
 from .probe import GradientEstimate, estimate_gradients
 from .probe_file import load_estimate, save_estimate
+from .recovery import TopSVD
 from .report import (
     INITIALISED,
     OVERLAPPING,
@@ -36,6 +37,7 @@ from .report import (
     report_experts,
 )
 from .samples import mean_loss
+from .stacks import top_svds
 
 
 if TYPE_CHECKING:
@@ -122,12 +124,16 @@ def _compute_starts(
 ) -> tuple[list[tuple[Factors | None, LayerReport]], int]:
     """Return what [`_compute_start`] does for every layer, the same on every process, and the bytes this one sent."""
     rank, size = trainer.accelerator.process_index, trainer.accelerator.num_processes
+    wanted = {
+        name: min(2 * factor_rank(layer), *layer.shape) for layer in layers[rank::size] for name in layer.matrices
+    }
+    tops = top_svds(estimate.estimators, wanted)
     mine, place = {}, 0
     for index, layer in enumerate(layers):
         # Reading a sharded weight takes every process.
         weights = layer.dense_weights() if config.scale == "weight_svd" else None
         if index % size == rank:
-            mine[index] = _compute_start(layer, place, estimate, config, weights)
+            mine[index] = _compute_start(layer, place, estimate, tops, config, weights)
         place += layer.experts
     reports = dict(gather_object([(index, report) for index, (_, report) in mine.items()]))
     factors: list[Factors | None] = []
@@ -147,7 +153,12 @@ def _empty_factors(layer: AdaptedLayer) -> Factors:
 
 
 def _compute_start(
-    layer: AdaptedLayer, index: int, estimate: GradientEstimate, config: LoRAGAConfig, weights: Tensor | None
+    layer: AdaptedLayer,
+    index: int,
+    estimate: GradientEstimate,
+    tops: dict[str, TopSVD],
+    config: LoRAGAConfig,
+    weights: Tensor | None,
 ) -> tuple[Factors | None, LayerReport]:
     """
     Return `B0 (E, out, r)`, `A0 (E, r, in)`, or `None` for a plain start, and what to report.
@@ -156,7 +167,7 @@ def _compute_start(
     """
     of_expert = [None] * layer.experts if weights is None else list(weights)
     starts, reports = zip(
-        *(_start_matrix(layer, e, index + e, estimate, config, weight) for e, weight in enumerate(of_expert)),
+        *(_start_matrix(layer, e, index + e, estimate, tops, config, weight) for e, weight in enumerate(of_expert)),
         strict=True,
     )
     report = reports[0] if layer.parameter_name is None else report_experts(layer.name, reports)
@@ -187,6 +198,7 @@ def _start_matrix(
     expert: int,
     index: int,
     estimate: GradientEstimate,
+    tops: dict[str, TopSVD],
     config: LoRAGAConfig,
     weight: Tensor | None,
 ) -> tuple[Factors | None, LayerReport]:
@@ -194,8 +206,7 @@ def _start_matrix(
     r, (out_features, in_features) = factor_rank(layer), layer.shape
     m = min(out_features, in_features)
     name = layer.matrices[expert]
-    estimator = estimate.estimators[name]
-    top = estimator.svd(min(2 * r, m))
+    top = tops[name]
     report = LayerReport(
         name=name,
         shape=layer.shape,
@@ -205,7 +216,7 @@ def _start_matrix(
         energy_share_r=top.share(r),
         energy_share_2r=top.share(2 * r),
         energy_kept=top.kept,
-        sketched=estimator.sketched,
+        sketched=estimate.estimators[name].sketched,
         action=INITIALISED,
     )
     if not torch.isfinite(top.S).all():

@@ -38,3 +38,9 @@ def test_the_cost_of_an_anchored_step(tmp_path: Path) -> None:
 def test_the_cost_of_lora_pro(tmp_path: Path) -> None:
     found = run("lora_pro.py", tmp_path / "found.json")
     assert found["results"]["adamw"]["throughput"] == 1.0
+
+
+def test_the_cost_of_singular_vectors(tmp_path: Path) -> None:
+    found = run("factorise.py", tmp_path / "found.json")
+    assert set(found["rounds"]) == {"512x1024", "1024x1024"}
+    assert all(seconds > 0 for rows in found["rounds"].values() for row in rows for seconds in row.values())

@@ -31,7 +31,8 @@ from lora_ga_trainer.prepare import prepare_adapter
 from lora_ga_trainer.probe import NonFiniteGradient
 from lora_ga_trainer.record import record_of_model
 from lora_ga_trainer.report import ZERO_GRADIENT
-from lora_ga_trainer.sketch import SketchedGradient, turn
+from lora_ga_trainer.sketch import SketchedGradient
+from lora_ga_trainer.stacks import turn
 from lora_ga_trainer.start import start_adapter
 from lora_ga_trainer.tap import tapped_parameters
 

@@ -9,18 +9,18 @@ import reference
 import torch
 from torch import Tensor
 
-from lora_ga_trainer import LoRAGAConfig
-from lora_ga_trainer.recovery import TopSVD, merge
+from lora_ga_trainer import LoRAGAConfig, sketch, stacks
+from lora_ga_trainer.recovery import TopSVD, merge, recover
 from lora_ga_trainer.sketch import (
     ExactGradient,
     SketchedGradient,
     is_sketched,
     make_estimators,
-    restore_estimator,
     sketch_columns,
-    turn,
     turning_points,
 )
+from lora_ga_trainer.sketch_state import restore_estimator
+from lora_ga_trainer.stacks import top_svds, turn
 
 
 CPU = torch.device("cpu")
@@ -321,6 +321,41 @@ def test_two_shapes_turn_in_one_call() -> None:
         torch.testing.assert_close(a.S, b.S, rtol=1e-5, atol=0)
         known = [(e.L[:, :32] * e.S) @ e.T[:, :32].T for e in (a, b)]
         torch.testing.assert_close(*known, rtol=0, atol=1e-5 * a.S[0].item())
+
+
+@pytest.mark.parametrize("limit", [2**28, 1])
+def test_all_layers_at_once_are_each_layer_alone(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sketched and exact layers of several shapes, sizes and ranks, one of them never reached, stacked or not."""
+    monkeypatch.setattr(stacks, "_STACKED_BYTES", limit)
+    tall, wide, small = (1024, 1280), (1280, 1024), (96, 64)
+    few, many = torch.linspace(1, 0.1, 6), SPECTRA["decaying"]()
+    layers = {
+        "a": (SketchedGradient, tall, many, 1.0),
+        "b": (SketchedGradient, tall, many, 1.0),
+        "zero": (SketchedGradient, tall, many, 0.0),
+        "tiny": (SketchedGradient, tall, many, 1e-12),
+        "low rank": (SketchedGradient, wide, few, 1.0),
+        "small": (ExactGradient, small, many[:64], 1.0),
+        "small and huge": (ExactGradient, small, few, 1e17),
+        "large": (ExactGradient, tall, many, 1.0),
+    }
+    estimators = {}
+    for seed, (name, (kind, shape, spectrum, weight)) in enumerate(layers.items()):
+        estimators[name] = kind(shape) if kind is ExactGradient else kind(shape, k=64)
+        run(estimators[name], pairs(spectrum, seed=seed, shape=shape), weight)
+    wanted = dict.fromkeys(estimators, 16) | {"b": 8}
+    calls = []
+    monkeypatch.setattr(sketch, "recover", lambda *args: calls.append(len(args[0])) or recover(*args))
+    together = top_svds(estimators, wanted)
+    assert sorted(calls) == ([1, 1, 3] if limit > 1 else [1] * 5)
+    assert list(together["zero"].S) == [0.0] * 16
+    assert (together["zero"].total, together["zero"].kept) == (0.0, 1.0)
+    for name, top in together.items():
+        alone = estimators[name].svd(wanted[name])
+        torch.testing.assert_close(top.S, alone.S, rtol=1e-5, atol=1e-5 * alone.S[0].item())
+        product = lambda found: found.U * found.S @ found.Vt
+        torch.testing.assert_close(product(top), product(alone), rtol=0, atol=1e-5 * alone.S[0].item())
+        assert (top.total, top.kept) == pytest.approx((alone.total, alone.kept), rel=1e-5)
 
 
 @pytest.mark.parametrize("spectrum", SPECTRA)

@@ -21,7 +21,8 @@ from lora_ga_trainer import LoRAGAConfig
 from lora_ga_trainer.layers import AdaptedLayer, find_adapted_layers
 from lora_ga_trainer.probe import GradientEstimate
 from lora_ga_trainer.probe_file import load_estimate, save_estimate
-from lora_ga_trainer.sketch import ExactGradient, SketchedGradient, turn
+from lora_ga_trainer.sketch import ExactGradient, SketchedGradient
+from lora_ga_trainer.stacks import turn
 
 
 ROWS = tiny.causal_rows(2)
