@@ -9,7 +9,7 @@ from .recovery import TopSVD, merge
 from .sketch import Estimator, SketchedGradient, narrow, stack
 
 
-_STACKED_BYTES = 2**28  # that the work on one stack may take; a single layer may take more
+_STACKED_BYTES = 2**26  # that the work on one stack may take, a single layer more; 2**28 was slower on a CPU
 # Bytes of work for every number of an accumulator: fp32 copies and bases of twice the width; fp64 ones.
 _TO_TURN, _TO_RECOVER = 16, 48
 
