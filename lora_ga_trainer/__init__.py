@@ -10,12 +10,13 @@ its best rank-k approximation; `N` tokens of one pass; `k` columns of a sketch.
 from .anchor import load_adapter
 from .callback import LoRAGACallback
 from .config import LoRAGAConfig
+from .estimate import GradientEstimate
 from .export import export_adapter
 from .factors import lora_ga_factors, lora_one_factors
 from .lora_pro import correct_gradients
 from .lora_pro_adamw import LoRAProAdamW
 from .lora_pro_wrapper import LoRAProOptimizer
-from .probe import GradientEstimate, estimate_gradients
+from .probe import estimate_gradients
 from .report import GradientReport
 from .trainer import LoRAGAMixin, LoRAGATrainer, Seq2SeqLoRAGATrainer
 

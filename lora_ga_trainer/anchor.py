@@ -27,10 +27,11 @@ import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
 
+from .adapted_layer import AdaptedLayer
 from .experts import join_A, split_A
 from .fingerprint import fingerprint_base
 from .json_file import short
-from .layers import AdaptedLayer, active_adapter, find_adapted_layers, require_peft_model
+from .layers import active_adapter, find_adapted_layers, require_peft_model
 from .record import attach_record, read_record
 
 

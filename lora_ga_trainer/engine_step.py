@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from .adapted_layer import AdaptedLayer
 from .anchor import anchored_parameter_names, counted_gradients
 from .engines import (
     loss_scale,
@@ -17,7 +18,6 @@ from .engines import (
     steps_by_itself,
     write_gradient,
 )
-from .layers import AdaptedLayer
 from .lora_pairs import batch_pairs, correct_batch, decompose_batches, stored_form, trained_pairs
 
 

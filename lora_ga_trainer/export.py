@@ -11,7 +11,8 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .layers import AdaptedLayer, active_adapter, find_lora_layers, require_peft_model
+from .adapted_layer import AdaptedLayer
+from .layers import active_adapter, find_lora_layers, require_peft_model
 from .record import plain_config
 
 

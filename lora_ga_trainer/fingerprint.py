@@ -13,9 +13,10 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from .adapted_layer import AdaptedLayer
 from .borrow import preserved_rng
 from .engines import read_parameter
-from .layers import AdaptedLayer, saved_modules
+from .layers import saved_modules
 
 
 _WEIGHTS_PER_LAYER = 64

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .adapted_layer import AdaptedLayer
 from .anchor import factor_rank, is_anchored
 from .engines import like_parameter, whole
-from .layers import AdaptedLayer, find_lora_pairs
+from .layers import find_lora_pairs
 from .lora_pro import (
     CUTOFF,
     GramEigen,

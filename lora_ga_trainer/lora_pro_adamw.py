@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
+from .adapted_layer import AdaptedLayer
 from .engines import row_shard
-from .layers import AdaptedLayer
 from .lora_pairs import (
     PairBatch,
     batch_pairs,

@@ -9,11 +9,12 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
+from .adapted_layer import AdaptedLayer
 from .anchor import expand_adapter, is_anchored
 from .config import LoRAGAConfig
 from .fingerprint import fingerprint_base
 from .inits import INITS
-from .layers import AdaptedLayer, active_adapter, find_adapted_layers, is_trained, require_peft_model
+from .layers import active_adapter, find_adapted_layers, is_trained, require_peft_model
 from .record import StartRecord, attach_record, record_of_model
 
 

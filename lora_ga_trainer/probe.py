@@ -7,19 +7,20 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .adapted_layer import AdaptedLayer
 from .anchor import factor_rank
 from .borrow import borrowed, preserved_attributes, preserved_rng
 from .collectives import gather_integers, mean_over_processes, share_from_owners, sum_over_processes
 from .config import LoRAGAConfig
 from .engines import probed_module
-from .layers import AdaptedLayer, find_adapted_layers, require_peft_model
+from .estimate import GradientEstimate, NonFiniteGradient
+from .layers import find_adapted_layers, require_peft_model
 from .samples import (
     IGNORED_LABEL,
     Piece,
@@ -29,7 +30,7 @@ from .samples import (
     require_rewindable,
     sample_pieces,
 )
-from .sketch import DTYPES, Estimator, SketchedGradient, forget_shared_matrices, make_estimators, turning_points
+from .sketch import DTYPES, SketchedGradient, forget_shared_matrices, make_estimators, turning_points
 from .stacks import turn
 from .tap import tapped, tapped_parameters
 
@@ -46,49 +47,6 @@ _UNCHANGED = "No weight was changed."
 _POISON_ADVICE = (
     f"{_UNCHANGED} Look for empty or extreme examples in that batch, or train in bf16 or fp32 instead of fp16."
 )
-
-
-class NonFiniteGradient(ValueError):
-    """A loss or a gradient of the probe is NaN or infinite."""
-
-
-@dataclass
-class GradientEstimate:
-    """
-    What the probe learned.
-
-    Args:
-        estimators: one per adapted layer, of fused experts one each, by name, holding `G = dL/dW (out, in)` of the
-            item-weighted mean loss.
-        samples: examples used, over all processes.
-        items: what the loss is a mean over (label tokens, or examples), over all processes.
-        tokens: input tokens that passed through the model, over all processes.
-        loss: mean loss over all items; NaN for an estimate read from a file.
-        seconds: wall time of the probe.
-        bytes_sent: bytes that this process handed to all-reduces.
-        unreached: layers that the loss never reached.
-        first_batch: the first prepared inputs of this process, for measuring the loss before and after the write.
-        first_items: items of `first_batch` that count.
-        first_loss: the mean loss over the `first_batch` of all processes.
-    """
-
-    estimators: dict[str, Estimator]
-    samples: int = 0
-    items: float = 0.0
-    tokens: int = 0
-    loss: float = math.nan
-    seconds: float = 0.0
-    bytes_sent: int = 0
-    unreached: list[str] = field(default_factory=list)
-    first_batch: dict[str, Any] | None = None
-    first_items: float = 0.0
-    first_loss: float = math.nan
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of probe state on this process, test matrices included once."""
-        tensors = {t.data_ptr(): t for e in self.estimators.values() for t in e.state().values()}
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def estimate_gradients(

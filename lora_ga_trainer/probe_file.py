@@ -13,12 +13,12 @@ from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .adapted_layer import AdaptedLayer
 from .anchor import factor_rank
 from .config import LoRAGAConfig
+from .estimate import GradientEstimate
 from .fingerprint import fingerprint_base, fingerprint_dataset, fingerprint_heads
 from .json_file import is_number, parse_json, short
-from .layers import AdaptedLayer
-from .probe import GradientEstimate
 from .sketch import Estimator
 from .sketch_state import require_state_shapes, restore_estimator
 

@@ -13,16 +13,18 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from .adapted_layer import AdaptedLayer
 from .anchor import factor_rank, is_anchored
 from .borrow import borrowed
 from .collectives import gather_integers, mean_over_processes, share_from_owners
 from .config import LoRAGAConfig
 from .engines import is_sharded, probed_module, write_parameters
+from .estimate import GradientEstimate
 from .experts import join_A, join_B
 from .factors import random_rows
 from .inits import INITS, Place
-from .layers import AdaptedLayer, require_peft_model
-from .probe import GradientEstimate, estimate_gradients
+from .layers import require_peft_model
+from .probe import estimate_gradients
 from .probe_file import load_estimate, save_estimate
 from .recovery import TopSVD
 from .report import (

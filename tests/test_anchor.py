@@ -14,8 +14,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from lora_ga_trainer import LoRAGAConfig, load_adapter
+from lora_ga_trainer.adapted_layer import AdaptedLayer
 from lora_ga_trainer.anchor import AnchoredA, anchored_parameter_names, counted_gradients
-from lora_ga_trainer.layers import AdaptedLayer, find_adapted_layers
+from lora_ga_trainer.layers import find_adapted_layers
 from lora_ga_trainer.prepare import prepare_adapter
 from lora_ga_trainer.record import record_of_model
 

@@ -24,11 +24,12 @@ from lora_ga_trainer import (
     export_adapter,
     load_adapter,
 )
+from lora_ga_trainer.adapted_layer import AdaptedExperts
 from lora_ga_trainer.anchor import AnchoredExpertsA, AnchoredExpertsB, counted_gradients
+from lora_ga_trainer.estimate import NonFiniteGradient
 from lora_ga_trainer.experts import join_A, join_B, split_A, split_B
-from lora_ga_trainer.layers import AdaptedExperts, find_adapted_layers, is_trained
+from lora_ga_trainer.layers import find_adapted_layers, is_trained
 from lora_ga_trainer.prepare import prepare_adapter
-from lora_ga_trainer.probe import NonFiniteGradient
 from lora_ga_trainer.record import record_of_model
 from lora_ga_trainer.report import ZERO_GRADIENT
 from lora_ga_trainer.sketch import SketchedGradient

@@ -16,8 +16,8 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer
 
 from lora_ga_trainer import LoRAGAConfig, estimate_gradients
+from lora_ga_trainer.estimate import NonFiniteGradient
 from lora_ga_trainer.layers import find_adapted_layers
-from lora_ga_trainer.probe import NonFiniteGradient
 
 
 def exact(**changes: Any) -> LoRAGAConfig:

@@ -18,8 +18,9 @@ from peft import PeftModel
 from torch import Tensor
 
 from lora_ga_trainer import LoRAGAConfig
-from lora_ga_trainer.layers import AdaptedLayer, find_adapted_layers
-from lora_ga_trainer.probe import GradientEstimate
+from lora_ga_trainer.adapted_layer import AdaptedLayer
+from lora_ga_trainer.estimate import GradientEstimate
+from lora_ga_trainer.layers import find_adapted_layers
 from lora_ga_trainer.probe_file import load_estimate, save_estimate
 from lora_ga_trainer.sketch import ExactGradient, SketchedGradient
 from lora_ga_trainer.stacks import turn
