@@ -10,7 +10,6 @@ on where it stopped. `--plan_only true` says what it would cost. `comparison/met
 
 from pathlib import Path
 
-from arguments import ARGUMENTS, parse
 from comparison.arms import parse_arms
 from comparison.outcome import draw, reference_loss, shown_metric, to_json, to_table
 from comparison.plan import describe_plan
@@ -18,10 +17,11 @@ from comparison.run import Task
 from comparison.scheduler import Comparison
 from comparison.settings import CompareArguments, require_comparable, settings_of
 from comparison.store import Store, write_whole
-from cpu import adapt_to_cpu
-from data import load_data
-from models import load_model, load_tokenizer
-from training import make_collator, make_trainer
+from finetuning.arguments import ARGUMENTS, parse
+from finetuning.cpu import adapt_to_cpu
+from finetuning.data import load_data
+from finetuning.models import load_model, load_tokenizer
+from finetuning.training import make_collator, make_trainer
 
 
 def main() -> None:

@@ -14,8 +14,8 @@ import time
 import uuid
 from dataclasses import dataclass, field
 
-from answers import HUB, Question, Record, answer_missing, read_questions
-from generation import ALPACA_TEMPLATE, GenerationArguments, Writer, fill_prompt, parse_evaluation
+from answering.answers import HUB, Question, Record, answer_missing, read_questions
+from answering.generation import ALPACA_TEMPLATE, GenerationArguments, Writer, fill_prompt, parse_evaluation
 
 
 @dataclass

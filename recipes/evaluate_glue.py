@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from answers import report, share
-from arguments import DataArguments
-from data import CLASSIFICATION, read_held_out
+from answering.answers import report, share
+from answering.generation import GenerationArguments, Writer, parse_evaluation
+from answering.glue_metrics import class_numbers, glue_metric
 from datasets import Dataset
-from encoding import IGNORED, fill_templates, text_of
-from filtering import word_for_value
-from generation import GenerationArguments, Writer, parse_evaluation
-from glue_metrics import class_numbers, glue_metric
+from finetuning.arguments import DataArguments
+from finetuning.data import CLASSIFICATION, read_held_out
+from finetuning.encoding import IGNORED, fill_templates, text_of
+from finetuning.filtering import word_for_value
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 

@@ -11,9 +11,9 @@ where it was.
 from dataclasses import dataclass, field
 from decimal import Decimal
 
-from answers import HUB, Question, Record, answer_missing, read_questions, report, share
-from generation import GenerationArguments, Writer, fill_prompt, parse_evaluation
-from numbers_in_text import final_number, marked_number
+from answering.answers import HUB, Question, Record, answer_missing, read_questions, report, share
+from answering.generation import GenerationArguments, Writer, fill_prompt, parse_evaluation
+from answering.numbers_in_text import final_number, marked_number
 
 
 @dataclass

@@ -17,9 +17,9 @@ from itertools import groupby, takewhile
 from math import comb, sqrt
 from typing import Literal
 
-from answers import HUB, Question, Record, answer_missing, read_questions, report
-from fence import check_fence, run_fenced
-from generation import ALPACA_TEMPLATE, GenerationArguments, Writer, fill_prompt, parse_evaluation
+from answering.answers import HUB, Question, Record, answer_missing, read_questions, report
+from answering.fence import check_fence, run_fenced
+from answering.generation import ALPACA_TEMPLATE, GenerationArguments, Writer, fill_prompt, parse_evaluation
 
 
 COLUMNS = ["task_id", "prompt", "entry_point", "canonical_solution", "test"]

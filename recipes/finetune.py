@@ -9,12 +9,12 @@ Any value of the YAML file can be given on the command line too, where it wins: 
 import json
 from pathlib import Path
 
-from arguments import parse
-from cpu import adapt_to_cpu
-from data import load_data
-from evaluation import add_perplexity, headline
-from models import load_model, load_tokenizer, make_lora_config
-from training import make_trainer
+from finetuning.arguments import parse
+from finetuning.cpu import adapt_to_cpu
+from finetuning.data import load_data
+from finetuning.evaluation import add_perplexity, headline
+from finetuning.models import load_model, load_tokenizer, make_lora_config
+from finetuning.training import make_trainer
 from transformers import set_seed
 
 

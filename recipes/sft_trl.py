@@ -10,10 +10,10 @@ YAML file can be given on the command line too, where it wins. `--help` lists th
 
 from pathlib import Path
 
-from arguments import SourceArguments, parse
-from cpu import adapt_to_cpu
-from data import load_rows
-from package_paths import resolve_reference
+from finetuning.arguments import SourceArguments, parse
+from finetuning.cpu import adapt_to_cpu
+from finetuning.data import load_rows
+from finetuning.package_paths import resolve_reference
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 
 from lora_ga_trainer import LoRAGAConfig, LoRAGAMixin

@@ -23,7 +23,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
 
 import compare
 import comparison.scheduler as scheduler
-from arguments import ARGUMENTS, LoraArguments, parse
 from comparison.arms import parse_arms
 from comparison.outcome import Row, draw, reference_loss, shown_metric, to_json, to_table
 from comparison.plan import clock, describe_plan, run_seconds
@@ -31,6 +30,7 @@ from comparison.run import Result
 from comparison.settings import CompareArguments, metric_of, require_comparable
 from comparison.store import Store
 from comparison.sweep import Verdict
+from finetuning.arguments import ARGUMENTS, LoraArguments, parse
 
 from lora_ga_trainer import LoRAGAConfig
 

@@ -17,12 +17,12 @@ from transformers import Seq2SeqTrainingArguments
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
 
 import comparison.run as comparison_run
-from arguments import LoraArguments
 from comparison.arms import Arm, parse_arms
 from comparison.methods import METHODS
 from comparison.run import Task, build_trainer, count_numbers, run_arm
 from comparison.starts import Samples
-from data import TaskData
+from finetuning.arguments import LoraArguments
+from finetuning.data import TaskData
 
 from lora_ga_trainer import LoRAGAConfig, LoRAGATrainer
 from lora_ga_trainer.layers import find_adapted_layers

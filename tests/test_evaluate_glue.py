@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))  # as `
 
 import evaluate_glue
 import finetune
-from generation import GenerationArguments, Writer
-from glue_metrics import CLASSES, class_numbers, glue_metric, with_scikit_learn
+from answering.generation import GenerationArguments, Writer
+from answering.glue_metrics import CLASSES, class_numbers, glue_metric, with_scikit_learn
 
 
 CONFIGS = Path(finetune.__file__).resolve().parent / "configs" / "papers"

@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))  # as `python recipes/evaluate_gsm8k.py` does
 
 import evaluate_gsm8k
-from answers import answer_missing, read_records, share
-from generation import GenerationArguments, Writer, parse_evaluation
-from numbers_in_text import final_number, marked_number
+from answering.answers import answer_missing, read_records, share
+from answering.generation import GenerationArguments, Writer, parse_evaluation
+from answering.numbers_in_text import final_number, marked_number
 
 
 # --- numbers -------------------------------------------------------------------------------------------------------

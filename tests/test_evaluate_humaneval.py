@@ -19,13 +19,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))  # as t
 
 import evaluate_answers
 import evaluate_humaneval
-import fence
-from answers import read_records
+from answering import fence
+from answering.answers import read_records
+from answering.fence import check_fence, run_fenced
+from answering.generation import ALPACA_TEMPLATE, Writer
 from evaluate_humaneval import extract_code, pass_at_k
-from fence import check_fence, run_fenced
-from generation import ALPACA_TEMPLATE, Writer
-from package_paths import resolve_reference
-from reading import read_local
+from finetuning.package_paths import resolve_reference
+from finetuning.reading import read_local
 
 
 posix = pytest.mark.skipif(os.name != "posix", reason="the fence is refused on other systems")

@@ -22,10 +22,10 @@ import evaluate_glue
 import evaluate_gsm8k
 import evaluate_humaneval
 import finetune
-from arguments import parse
-from data import load_data, read_held_out
-from encoding import IGNORED
-from generation import ALPACA_TEMPLATE
+from answering.generation import ALPACA_TEMPLATE
+from finetuning.arguments import parse
+from finetuning.data import load_data, read_held_out
+from finetuning.encoding import IGNORED
 from transformers import AutoTokenizer
 
 

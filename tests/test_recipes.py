@@ -23,15 +23,15 @@ from transformers import AutoModelForSeq2SeqLM, EvalPrediction, PreTrainedTokeni
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))  # as `python recipes/finetune.py` does
 
-import data as recipe_data
 import finetune
-import reading
-from arguments import DataArguments, ModelArguments, make_parser, parse
-from encoding import IGNORED, drop_too_long, encode, encode_completion
-from evaluation import decode, evaluation_functions, load_metric
-from filtering import completion_of
-from models import load_model, load_tokenizer
-from package_paths import resolve_reference
+from finetuning import data as recipe_data
+from finetuning import reading
+from finetuning.arguments import DataArguments, ModelArguments, make_parser, parse
+from finetuning.encoding import IGNORED, drop_too_long, encode, encode_completion
+from finetuning.evaluation import decode, evaluation_functions, load_metric
+from finetuning.filtering import completion_of
+from finetuning.models import load_model, load_tokenizer
+from finetuning.package_paths import resolve_reference
 
 
 RECIPES = Path(finetune.__file__).resolve().parent

@@ -110,7 +110,7 @@ def test_mistakes_are_named_before_anything_is_loaded(recipe, monkeypatch, tmp_p
 
 
 def test_a_hub_data_set_is_asked_for_by_its_name(recipe, monkeypatch, tmp_path):
-    import reading
+    from finetuning import reading
 
     asked = []
     rows = tiny_trl.dataset(24, "text")
@@ -120,7 +120,7 @@ def test_a_hub_data_set_is_asked_for_by_its_name(recipe, monkeypatch, tmp_path):
 
 
 def test_the_shipped_yaml_parses_and_opens_with_what_it_is_for(recipe):
-    from arguments import parse
+    from finetuning.arguments import parse
 
     path = RECIPES / "configs" / "sft_trl.yaml"
     text = path.read_text(encoding="utf-8")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from typing import Any
 
-from arguments import LoraArguments
+from finetuning.arguments import LoraArguments
 
 from comparison.methods import METHODS, Method
 from lora_ga_trainer import LoRAGAConfig

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from arguments import LoraArguments
-from models import make_lora_config
+from finetuning.arguments import LoraArguments
+from finetuning.models import make_lora_config
 from peft import AdaLoraConfig, LoKrConfig, LoraConfig, PeftConfig, RandLoraConfig, get_peft_model
 from torch import nn
 from transformers import Trainer

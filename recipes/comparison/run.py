@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from data import TaskData
+from finetuning.data import TaskData
 from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 from transformers import PrinterCallback, Seq2SeqTrainingArguments, Trainer, TrainerCallback, set_seed

@@ -3,7 +3,7 @@
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
-from arguments import DataArguments, LoraArguments, ModelArguments
+from finetuning.arguments import DataArguments, LoraArguments, ModelArguments
 from transformers import Seq2SeqTrainingArguments
 
 from lora_ga_trainer import LoRAGAConfig

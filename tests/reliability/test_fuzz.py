@@ -20,12 +20,12 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes"))  # as `python recipes/finetune.py` does
 
-from answers import answer_missing, read_records
-from arguments import DataArguments, LoraArguments, ModelArguments, make_parser, parse
+from answering.answers import answer_missing, read_records
 from comparison.run import Result
 from comparison.store import Store
 from evaluate_glue import saved_class_names
-from yaml_defaults import replace_defaults
+from finetuning.arguments import DataArguments, LoraArguments, ModelArguments, make_parser, parse
+from finetuning.yaml_defaults import replace_defaults
 
 from lora_ga_trainer import LoRAGAConfig
 from lora_ga_trainer.inits import INITS

@@ -22,15 +22,15 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes"))  # as `python recipes/finetune.py` does
 
-import models
-from answers import read_records
-from arguments import ModelArguments, make_parser, parse
+from answering.answers import read_records
+from answering.generation import _adapter_config
 from comparison.store import Store
 from evaluate_glue import saved_class_names
-from generation import _adapter_config
-from reading import read_local
+from finetuning import models
+from finetuning.arguments import ModelArguments, make_parser, parse
+from finetuning.reading import read_local
+from finetuning.yaml_defaults import replace_defaults
 from test_fuzz_probe import Probe
-from yaml_defaults import replace_defaults
 
 from lora_ga_trainer.record import read_record
 

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from data import TaskData
-from evaluation import evaluation_functions
 from peft import LoraConfig
 from transformers import (
     DataCollatorForSeq2Seq,
@@ -13,6 +11,8 @@ from transformers import (
     Trainer,
 )
 
+from finetuning.data import TaskData
+from finetuning.evaluation import evaluation_functions
 from lora_ga_trainer import LoRAGAConfig, LoRAGATrainer, Seq2SeqLoRAGATrainer
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from arguments import ModelArguments, parse_into
-from encoding import Row, encode_prompt, fill_template
-from models import TASK_TYPES, load_model, load_tokenizer
+from finetuning.arguments import ModelArguments, parse_into
+from finetuning.encoding import Row, encode_prompt, fill_template
+from finetuning.models import TASK_TYPES, load_model, load_tokenizer
 from peft import PeftModel
 from transformers import GenerationConfig, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
 

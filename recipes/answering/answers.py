@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, load_dataset
-from package_paths import resolve_reference
-from reading import read_local
+from finetuning.package_paths import resolve_reference
+from finetuning.reading import read_local
 from tqdm import tqdm
 
 from lora_ga_trainer.json_file import parse_json, short

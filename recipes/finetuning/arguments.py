@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
-from yaml_defaults import nearest_argument, replace_defaults
 
+from finetuning.yaml_defaults import nearest_argument, replace_defaults
 from lora_ga_trainer import LoRAGAConfig
 
 

@@ -3,8 +3,9 @@
 import re
 from typing import Any
 
-from arguments import DataArguments
 from datasets import Dataset
+
+from finetuning.arguments import DataArguments
 
 
 Row = dict[str, Any]

@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass, replace
 
-from arguments import DataArguments, SourceArguments
 from datasets import Dataset
-from encoding import encode, text_of
-from filtering import filter_rows
-from package_paths import resolve_reference
-from reading import read_hub, read_local
 from transformers import PreTrainedTokenizerBase
+
+from finetuning.arguments import DataArguments, SourceArguments
+from finetuning.encoding import encode, text_of
+from finetuning.filtering import filter_rows
+from finetuning.package_paths import resolve_reference
+from finetuning.reading import read_hub, read_local
 
 
 CLASSIFICATION = "sequence-classification"

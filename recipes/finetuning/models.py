@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from arguments import LoraArguments, ModelArguments
-from package_paths import resolve_reference
 from peft import LoraConfig, TaskType
 from transformers import (
     AutoModelForCausalLM,
@@ -14,6 +12,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+
+from finetuning.arguments import LoraArguments, ModelArguments
+from finetuning.package_paths import resolve_reference
 
 
 MODEL_CLASSES = {

@@ -6,9 +6,10 @@ from typing import Any
 
 import evaluate
 import numpy as np
-from encoding import IGNORED
 from torch import Tensor
 from transformers import EvalPrediction, PreTrainedTokenizerBase
+
+from finetuning.encoding import IGNORED
 
 
 METRICS = Path(__file__).resolve().parent / "metrics"

@@ -3,10 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
-from arguments import DataArguments
 from datasets import Dataset
-from filtering import completion_of
 from transformers import PreTrainedTokenizerBase
+
+from finetuning.arguments import DataArguments
+from finetuning.filtering import completion_of
 
 
 IGNORED = -100  # the label that the loss leaves out
