@@ -37,6 +37,9 @@ from .record import attach_record, read_record
 
 logger = logging.getLogger(__name__)
 
+# What says where `PeftModel.from_pretrained` finds a folder, and how it gets there.
+_HUB_ARGUMENTS = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download")
+
 
 class _TieHalves(torch.autograd.Function):
     """The identity on `[A; A - A0]` of each expert; both halves receive `dL/dA`, the sum of their gradients."""
@@ -72,8 +75,8 @@ class AnchoredA(nn.Linear):
     experts = 1
 
     @property
-    def stored(self) -> nn.Parameter:
-        return self._parameters["weight"]
+    def stored(self) -> Tensor:
+        return self.weight  # a plain tensor in the copies that nn.DataParallel makes for other devices
 
     def tied(self) -> Tensor:
         return _TieHalves.apply(self.stored, self.experts)
@@ -85,8 +88,12 @@ class AnchoredA(nn.Linear):
 class AnchoredB(nn.Linear):
     """`lora_B` in delta form: an `nn.Linear` of weight `[B - B0, B0] (out, 2r)` whose second half is frozen."""
 
+    @property
+    def stored(self) -> Tensor:
+        return self.weight
+
     def frozen(self) -> Tensor:
-        return _FreezeSecondHalf.apply(self._parameters["weight"])
+        return _FreezeSecondHalf.apply(self.stored)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., 2r) -> (..., out)
         return F.linear(x, self.frozen(), self.bias)
@@ -102,6 +109,10 @@ class AnchoredExpertsA(AnchoredA):
     """
 
     @property
+    def stored(self) -> nn.Parameter:
+        return self._parameters["weight"]
+
+    @property
     def weight(self) -> Tensor:
         return self.tied() if torch.is_grad_enabled() else self.stored
 
@@ -110,8 +121,12 @@ class AnchoredExpertsB(AnchoredB):
     """`lora_B` of fused experts in delta form, `(out, 2r * E)`; read as [`AnchoredExpertsA`] is."""
 
     @property
+    def stored(self) -> nn.Parameter:
+        return self._parameters["weight"]
+
+    @property
     def weight(self) -> Tensor:
-        return self.frozen() if torch.is_grad_enabled() else self._parameters["weight"]
+        return self.frozen() if torch.is_grad_enabled() else self.stored
 
 
 def is_anchored(layer: AdaptedLayer) -> bool:
@@ -194,17 +209,19 @@ def load_adapter(base_model: nn.Module, folder: str | os.PathLike[str], **kwargs
 
     `PeftModel.from_pretrained(..., is_trainable=True)` gives the same function, but as a plain adapter of rank 2r
     whose halves are free. This adds what the folder's `lora_ga.json` says. Without that file the adapter is left as
-    plain PEFT loads it, and the log says so.
+    plain PEFT loads it, and the log says so. Train it with this package's trainer, mixin or callback: the weight decay
+    of a plain Trainer would shrink `B0`.
 
     Args:
         base_model: the clean base the adapter was trained on.
         folder: an adapter's folder or hub id.
-        kwargs: passed to `PeftModel.from_pretrained`.
+        kwargs: passed to `PeftModel.from_pretrained`; `subfolder`, `revision`, `token` and the like hold for
+            `lora_ga.json`, too.
 
     Raises:
         `ValueError`: if the record is damaged, or was made on another base.
     """
-    record = read_record(folder)
+    record = read_record(folder, **{name: kwargs[name] for name in _HUB_ARGUMENTS if kwargs.get(name) is not None})
     model = PeftModel.from_pretrained(base_model, os.fspath(folder), is_trainable=True, **kwargs)
     if record is None:
         logger.warning("%s has no lora_ga.json: it continues as a plain LoRA adapter of its stored rank.", folder)

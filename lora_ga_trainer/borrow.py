@@ -28,10 +28,10 @@ def borrowed(trainer: Trainer, model: nn.Module, dataset: Dataset | None = None)
     Lend the trainer and its model to passes that are not training, and put everything back.
 
     Inside: random number generators are free to move, `model` is in train mode (activation checkpointing needs it)
-    with every dropout at 0, no parameter requires grad, compiled code runs eagerly, nothing is reported to trackers,
-    each micro-batch is a step of its own, and `dataset`, if given, stands in for the training data. Afterwards all of
-    that, the accelerator's data loader bookkeeping, running statistics of batch norms and what the trainer itself
-    counts are what they were.
+    with every dropout and NEFTune's noise at 0, no parameter requires grad, compiled code runs eagerly, nothing is
+    reported to trackers, each micro-batch is a step of its own, and `dataset`, if given, stands in for the training
+    data. Afterwards all of that, the accelerator's data loader bookkeeping, running statistics of batch norms and
+    what the trainer itself counts are what they were.
     """
     with ExitStack() as stack:
         stack.enter_context(preserved_rng())
@@ -39,7 +39,7 @@ def borrowed(trainer: Trainer, model: nn.Module, dataset: Dataset | None = None)
         stack.enter_context(preserved_attributes(trainer))
         stack.enter_context(_train_mode(model))
         stack.enter_context(_preserved_running_statistics(model))
-        stack.enter_context(_without_dropout(model))
+        stack.enter_context(_without_noise(model))
         stack.enter_context(_without_grad(model))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         # Items are weighted and summed over processes by the probe, not by `compute_loss`.
@@ -58,7 +58,8 @@ def preserved_rng() -> Iterator[None]:
     """Restore the Python, NumPy and torch generators, those of every accelerator included."""
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     device = torch.get_device_module() if torch.accelerator.is_available() else None
-    devices = device.get_rng_state_all() if device else None
+    every = "_all" if hasattr(device, "get_rng_state_all") else ""  # torch.mps has one device
+    devices = getattr(device, f"get_rng_state{every}")() if device else None
     try:
         yield
     finally:
@@ -66,7 +67,7 @@ def preserved_rng() -> Iterator[None]:
         np.random.set_state(numpy)
         torch.set_rng_state(cpu)
         if device:
-            device.set_rng_state_all(devices)
+            getattr(device, f"set_rng_state{every}")(devices)
 
 
 @contextmanager
@@ -153,8 +154,11 @@ def _preserved_running_statistics(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _without_dropout(model: nn.Module) -> Iterator[None]:
-    """Set every dropout probability to 0: of dropout modules, and of models that call the functional form."""
+def _without_noise(model: nn.Module) -> Iterator[None]:
+    """
+    Set every dropout probability to 0, of dropout modules and of models that call the functional form, and the length
+    of the noise that `neftune_noise_alpha` makes a hook add to embeddings.
+    """
     owners: dict[int, Any] = {id(module): module for module in model.modules()}
     for module in list(owners.values()):
         config = getattr(module, "config", None)
@@ -162,18 +166,19 @@ def _without_dropout(model: nn.Module) -> Iterator[None]:
             owners[id(config)] = config
     with ExitStack() as stack:
         for owner in owners.values():
-            for name in _dropout_names(owner):
+            for name in _noise_names(owner):
                 stack.enter_context(attribute(owner, name, 0.0))
         yield
 
 
-def _dropout_names(owner: Any) -> list[str]:
-    """Name the float attributes that hold a dropout probability: `p` of a dropout module, `attention_dropout`, ..."""
+def _noise_names(owner: Any) -> list[str]:
+    """Name what holds NEFTune's alpha or a dropout probability: `p` of a dropout module, `attention_dropout`, ..."""
     is_dropout = isinstance(owner, nn.modules.dropout._DropoutNd)
+    is_probability = lambda name, value: isinstance(value, float) and ("drop" in name or (is_dropout and name == "p"))
     return [
         name
         for name, value in vars(owner).items()
-        if isinstance(value, float) and value > 0 and ("drop" in name or (is_dropout and name == "p"))
+        if (name == "neftune_noise_alpha" or is_probability(name, value)) and value
     ]
 
 

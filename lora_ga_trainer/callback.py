@@ -6,6 +6,7 @@ import functools
 import logging
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +20,12 @@ from .config import LoRAGAConfig
 from .correction import asked_for, bare_optimizer
 from .engine_step import EngineStep, install_engine_step
 from .engines import optimizer_groups, require_resumable_engine, require_supported
-from .head_warmup import warm_up_heads
+from .head_warmup import heads_kept_on_failure, warm_up_heads
 from .layers import find_adapted_layers
 from .lora_pro_adamw import LoRAProAdamW
 from .prepare import prepare_adapter, require_config
 from .probe_file import require_probe_folder
-from .record import StartRecord, record_of_model
+from .record import StartRecord, record_of_model, write_record
 from .report import GradientReport
 from .rollouts import require_repeatable
 from .start import start_adapter
@@ -54,8 +55,9 @@ class LoRAGACallback(TrainerCallback):
     Two methods of this trainer instance are wrapped: `get_decay_parameter_names` leaves anchored parameters out of
     weight decay, and `train` checks a checkpoint before it is loaded (with `resume_from_checkpoint=True` it takes the
     newest that was written to its end). [`LoRAGAMixin`] adds what a callback can't: it counts the tied halves once in
-    the clipping norm and prepares the new model of each `hyperparameter_search` trial. With the callback alone the
-    norm counts the gradient of every anchored `A` twice.
+    the clipping norm, prepares the new model of each `hyperparameter_search` trial, and builds optimizers
+    (`correction`, `loraplus_lr_ratio`, `riemannian_reg`). With the callback alone the norm counts the gradient of
+    every anchored `A` twice.
 
     Args:
         trainer: the trainer the callback is added to.
@@ -80,7 +82,8 @@ class LoRAGACallback(TrainerCallback):
         self.engine_step: EngineStep | None = None
         self._warm_model: Callable[[], nn.Module | None] = lambda: None
         _require_optimizer_builder(trainer, self.config)
-        if self.config.init != "none":
+        self._evaluates = _only_evaluates(trainer, probe_dataset)
+        if self.config.init != "none" and not self._evaluates:
             require_supported(trainer)
             require_probe_folder(self.config)
             require_repeatable(trainer, self.config)
@@ -99,25 +102,38 @@ class LoRAGACallback(TrainerCallback):
         self.engine_step = install_engine_step(trainer, model, self.config.correction == "lora_pro")
         if self.config.init == "none":
             self._warm_up(model, resumed=state.global_step > 0)
+            self._warm_model = weakref.ref(model)
             return
         record = self._require_prepared(model)
         _require_sound_optimizer(trainer, model)
-        if state.global_step > 0 or record.initialised:
-            record.initialised = True
-            return
-        self._warm_up(model, resumed=False)
-        self.report = start_adapter(trainer, self.config, find_adapted_layers(model), self.probe_dataset)
+        if state.global_step == 0 and not record.initialised:
+            self._start(model)
         record.initialised = True
+        if args.push_to_hub and trainer.is_world_process_zero():
+            # While it trains the Trainer uploads this folder, with the files of a checkpoint that it knows of.
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            write_record(record, args.output_dir)
+
+    def _start(self, model: nn.Module) -> None:
+        warms_up = self.config.head_warmup_steps > 0 and self._warm_model() is not model
+        with heads_kept_on_failure(self.trainer) if warms_up else nullcontext():
+            self._warm_up(model, resumed=False)
+            self.report = start_adapter(self.trainer, self.config, find_adapted_layers(model), self.probe_dataset)
+        self._warm_model = weakref.ref(model)
         self._publish(self.report)
 
     def _warm_up(self, model: nn.Module, resumed: bool) -> None:
-        """Train the heads of a model once."""
+        """Train the heads of a model, unless that was done."""
         if self.config.head_warmup_steps > 0 and not resumed and self._warm_model() is not model:
             warm_up_heads(self.trainer, self.config)
-        self._warm_model = weakref.ref(model)
 
     def _require_prepared(self, model: nn.Module) -> StartRecord:
         record = record_of_model(model)
+        if record is None and self._evaluates:
+            raise ValueError(
+                "The trainer was made without a train_dataset, to evaluate, so its adapter was not prepared for a "
+                "start. Pass the train_dataset when the trainer is made."
+            )
         if record is None:
             raise ValueError(
                 "LoRAGACallback: the trainer's model is not the one the callback was made for (a new model of "
@@ -149,6 +165,12 @@ def _require_optimizer_builder(trainer: Trainer, config: LoRAGAConfig) -> None:
             f"LoRAGACallback: {what} is built when the Trainer makes its optimizer, where a callback has no say. Use "
             "LoRAGATrainer or LoRAGAMixin, or pass `optimizers=(LoRAProOptimizer(...), None)` to the Trainer yourself."
         )
+
+
+def _only_evaluates(trainer: Trainer, probe_dataset: Dataset | None) -> bool:
+    """Tell whether there is nothing to train on, so that any adapter will do as it is."""
+    own = type(trainer).get_train_dataloader is Trainer.get_train_dataloader
+    return trainer.train_dataset is None and probe_dataset is None and own
 
 
 def _require_examples(dataset: Any) -> None:
@@ -213,6 +235,8 @@ def _require_sound_optimizer(trainer: Trainer, model: nn.Module) -> None:
     }
     parameters = dict(model.named_parameters())
     for name in sorted(anchored_parameter_names(model)):
+        if not parameters[name].requires_grad:  # of an adapter that is not trained
+            continue
         if id(parameters[name]) not in decay:
             raise ValueError(
                 f"{name}: the optimizer does not hold this trained parameter; it was made for another model, or "

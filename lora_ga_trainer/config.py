@@ -34,7 +34,7 @@ class LoRAGAConfig:
             "help": "Where the adapter starts: "
             + "".join(f"{name!r} ({init.about}), " for name, init in INITS.items())
             + "or 'none' (PEFT's own start; the trainer is then transformers.Trainer to the bit, unless "
-            "head_warmup_steps is set)."
+            "head_warmup_steps, a correction or another optimizer is set)."
         },
     )
     num_samples: int = field(
@@ -97,7 +97,7 @@ class LoRAGAConfig:
         default=None,
         metadata={
             "help": "Use PEFT's LoRA+ optimizer: the learning rate of B is this many times that of A (arXiv "
-            "2402.12354). Not together with a correction."
+            "2402.12354). Not together with a correction. Needs LoRAGATrainer or LoRAGAMixin."
         },
     )
     riemannian_reg: float | None = field(
@@ -105,7 +105,7 @@ class LoRAGAConfig:
         metadata={
             "help": "Use PEFT's Riemannian-preconditioned optimizer with this damping (arXiv 2402.02347; LoRA-One's "
             "preconditioner). Not together with a correction or init='lora_ga'. PEFT puts every parameter into one "
-            "group, so weight decay reaches biases too."
+            "group, so weight decay reaches biases too. Needs LoRAGATrainer or LoRAGAMixin."
         },
     )
     head_warmup_steps: int = field(
@@ -129,7 +129,8 @@ class LoRAGAConfig:
         default=None,
         metadata={
             "help": "A .safetensors file for the gradient estimate. If it exists it is read instead of running the "
-            "probe (it must come from the same base, data and settings); otherwise it is written."
+            "probe (it must come from the same base, the same heads in `modules_to_save`, data and settings); "
+            "otherwise it is written."
         },
     )
     probe_seed: int = field(

@@ -47,6 +47,11 @@ def require_correctable(trainer: Trainer, config: LoRAGAConfig) -> None:
     if what is None:
         return
     corrects = config.correction != "none"
+    if corrects and trainer.args.device.type == "mps":
+        raise ValueError(
+            f"{what} computes in fp64, which the device (mps) lacks. Train with `use_cpu=True`, or with "
+            "correction='none'."
+        )
     if config.loraplus_lr_ratio is None:  # LoRA+ reads no gradient
         require_gradients(trainer, what, in_parameters=config.correction != "lora_pro", gathers=corrects)
     if trainer.model is not None:  # with model_init it is made later

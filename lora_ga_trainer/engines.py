@@ -42,6 +42,12 @@ def require_supported(trainer: Trainer) -> None:
             f"The engine is {engine.value}; a gradient-aligned start is supported on one process, DDP, FSDP and "
             "DeepSpeed ZeRO. Use one of these, or `LoRAGAConfig(init='none')`."
         )
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.fsdp_version == 1 and not plugin.use_orig_params:
+        raise ValueError(
+            "FSDP1 with use_orig_params=False flattens an adapter's factors into one parameter, so that no layer has "
+            "its own. Set fsdp_use_orig_params: true in the launch file, or use FSDP2."
+        )
     size = getattr(trainer.model, "tp_size", None) or 1
     if size > 1:
         raise ValueError(

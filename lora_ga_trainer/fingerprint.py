@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,30 +21,41 @@ from .layers import saved_modules
 
 _WEIGHTS_PER_LAYER = 64
 _EXAMPLES = 16
-# Keys of a model config that say where the model came from or how it is run, not what its layers compute. Some change
-# by themselves: BERT's forward writes `problem_type`, saving writes `architectures`, the Trainer aligns token ids, TRL
-# turns the router loss of experts on or off.
-_VOLATILE = (
-    "_name_or_path",
-    "architectures",
-    "bos_token_id",
-    "distributed_config",
-    "dtype",
-    "eos_token_id",
-    "gradient_checkpointing",
-    "name_or_path",
-    "output_router_logits",
-    "pad_token_id",
-    "problem_type",
-    "router_aux_loss_coef",
-    "transformers_version",
-    "use_cache",
+# Keys of a model config, at any depth, that say what its layers compute and no adapted weight shows. Of the others
+# most say how a model is run or named, some change by themselves (BERT's forward writes `problem_type`), and a release
+# of transformers may add or drop any.
+_COMPUTED_WITH = frozenset(
+    {
+        "activation_function",
+        "bnb_4bit_quant_type",
+        "factor",
+        "feed_forward_proj",
+        "hidden_act",
+        "hidden_activation",
+        "layer_norm_eps",
+        "layer_norm_epsilon",
+        "model_type",
+        "n_head",
+        "n_layer",
+        "num_attention_heads",
+        "num_experts_per_tok",
+        "num_heads",
+        "num_hidden_layers",
+        "num_key_value_heads",
+        "num_layers",
+        "quant_method",
+        "rms_norm_eps",
+        "rope_theta",
+        "rope_type",
+        "sliding_window",
+    }
 )
 
 
 def fingerprint_base(model: PeftModel, layers: Sequence[AdaptedLayer]) -> str:
     """
-    Digest the base model: its config and 64 evenly spaced numbers of every tensor that adapted weights are stored as.
+    Digest the base model: what its config says of its layers, and 64 evenly spaced numbers of every tensor that
+    adapted weights are stored as.
 
     The scales of a quantised weight count beside its codes, which stay the same when the weight is multiplied. What is
     read does not grow with the layers: 64 numbers of each tensor, or 4 MiB where touching one maps 64 KiB of a file. A
@@ -53,13 +64,21 @@ def fingerprint_base(model: PeftModel, layers: Sequence[AdaptedLayer]) -> str:
     digest = hashlib.sha256()
     config = getattr(model.get_base_model(), "config", None)
     if config is not None:
-        kept = {key: value for key, value in config.to_dict().items() if key not in _VOLATILE}
-        digest.update(json.dumps(kept, sort_keys=True, default=str).encode())
+        digest.update(json.dumps(sorted(set(_computed_with(config.to_dict())))).encode())
     for layer in layers:
         digest.update(layer.name.encode())
         for part in layer.stored_weight():
             digest.update(_sample(part))
     return digest.hexdigest()[:32]
+
+
+def _computed_with(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the decisive entries of a config and of the configs inside it; 0 and 0.0 are the same."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _computed_with(value)
+        elif key in _COMPUTED_WITH and value is not None:
+            yield key, json.dumps(float(value) if isinstance(value, (int, float)) else value, default=str)
 
 
 def fingerprint_heads(model: PeftModel) -> str:

@@ -91,9 +91,10 @@ def prepare_adapter(model: nn.Module, config: LoRAGAConfig, optimizer: torch.opt
 
 def _require_same_start(adapter: str, record: StartRecord, config: LoRAGAConfig) -> None:
     if record.init != config.init:
+        happened = "started with" if record.initialised else "prepared, by a trainer made before, for"
         raise ValueError(
-            f"Adapter {adapter!r} was started with init={record.init!r}, the config asks for {config.init!r}. "
-            f"Continue it with LoRAGAConfig(init={record.init!r}), or make a new adapter."
+            f"Adapter {adapter!r} was {happened} init={record.init!r}, the config asks for {config.init!r}. Continue "
+            f"it with LoRAGAConfig(init={record.init!r}), or make a new adapter."
         )
     if record.initialised:
         logger.info("Adapter %r was initialised before (%s): it continues without a probe.", adapter, record.init)

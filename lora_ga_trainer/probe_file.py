@@ -12,6 +12,7 @@ from typing import Any
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from .adapted_layer import AdaptedLayer
 from .anchor import factor_rank
@@ -47,11 +48,9 @@ def save_estimate(
     }
     if not write:
         return
-    tensors = {
-        f"{name}|{key}": tensor.contiguous().cpu()
-        for name, estimator in estimate.estimators.items()
-        for key, tensor in estimator.state().items()
-    }
+    tensors = _own_memory(
+        {f"{name}|{key}": tensor for name, e in estimate.estimators.items() for key, tensor in e.state().items()}
+    )
     target = _path(config)
     partial = target.with_name(target.name + ".partial")
     try:
@@ -63,6 +62,17 @@ def save_estimate(
             f"probe_file={config.probe_file!r} could not be written ({error}). Free some space or name another file; "
             "the probe itself went well."
         ) from error
+
+
+def _own_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Bring tensors to the CPU, each with memory of its own: layers of a shape share Gaussians until they turn."""
+    seen: set[int] = set()
+    owned = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.cpu().contiguous()
+        owned[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    return owned
 
 
 def load_estimate(
@@ -84,8 +94,8 @@ def load_estimate(
     for key, value in expected.items():
         if metadata.get(key) != value:
             raise ValueError(
-                f"probe_file={config.probe_file!r} was made for another {key} ({short(metadata.get(key))}, this run "
-                f"has {value!r}). Delete it to probe anew, or name another file."
+                f"probe_file={config.probe_file!r} does not fit this run: its {key} is {short(metadata.get(key))}, "
+                f"this run's {value!r}. Delete it to probe anew, or name another file."
             )
     with _damage_named(config):
         figures, unreached = _parse_figures(metadata), _parse_unreached(metadata, layers)

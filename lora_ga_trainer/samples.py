@@ -63,6 +63,12 @@ class _CountingCollator:
     def __init__(self, collate: Callable[[Any], Any]) -> None:
         self.collate = collate
 
+    def __getattr__(self, name: str) -> Any:
+        """Show what the collator itself has to a `get_train_dataloader` that looks for it."""
+        if name == "collate":  # asked for while a worker unpickles this
+            raise AttributeError(name)
+        return getattr(self.collate, name)
+
     def __call__(self, samples: Any) -> Any:
         batch = self.collate(samples)
         if isinstance(batch, MutableMapping):

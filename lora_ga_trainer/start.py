@@ -70,7 +70,7 @@ def start_adapter(
         probe_dataset: see [`estimate_gradients`].
     """
     begin = time.perf_counter()
-    _require_whole_experts(layers)
+    _require_whole_experts(trainer, layers)
     estimate = _estimate(trainer, config, layers, probe_dataset)
     starts, sent = _compute_starts(trainer, config, layers, estimate)
     for layer, (factors, _) in zip(layers, starts, strict=True):
@@ -112,8 +112,14 @@ def _estimate(
     return estimate
 
 
-def _require_whole_experts(layers: list[AdaptedLayer]) -> None:
+def _require_whole_experts(trainer: Trainer, layers: list[AdaptedLayer]) -> None:
     for layer in layers:
+        if layer.parameter_name is not None and trainer.args.n_gpu > 1:
+            raise ValueError(
+                f"{layer.name}: nn.DataParallel, which the Trainer uses on {trainer.args.n_gpu} GPUs without a "
+                "launcher, can't copy an anchored parameter. Start with `accelerate launch`, which gives each GPU a "
+                "process, or show one GPU with CUDA_VISIBLE_DEVICES."
+            )
         if layer.parameter_name is not None and is_sharded(layer.weight):
             raise ValueError(
                 f"{layer.name}: this engine spreads the parameter over processes, where PEFT can't adapt it. Leave "

@@ -6,8 +6,8 @@ recipes/configs/papers/lora_ga_llama2_humaneval.yaml
 
 Programs that a model wrote are run, so nothing happens without --allow_code_execution. Each runs in a process of its
 own with limits on time, memory, files and processes and without a network. That is a fence and no jail: it stops
-accidents, not a program made to break out (see fence.py). Run models that you don't trust on a machine that you can
-lose.
+accidents, not a program made to break out (see answering/fence.py). Run models that you don't trust on a machine that
+you can lose.
 """
 
 import re

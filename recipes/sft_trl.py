@@ -1,7 +1,7 @@
 """
 Fine-tune a causal model with TRL's SFTTrainer and a LoRA adapter that starts where the full gradient points.
 
-    accelerate launch recipes/sft_trl.py --config recipes/configs/sft_trl.yaml
+    accelerate launch recipes/sft_trl.py --config recipes/configs/sft_trl.yaml --dataset_name trl-lib/Capybara
 
 Rows are what TRL takes: `messages`, or `prompt` and `completion`, or `text`. The model is TRL's `ModelConfig`
 (`--load_in_4bit true` for QLoRA), the training its `SFTConfig` (`--packing true`, `--max_length`). Any value of the

@@ -275,6 +275,43 @@ def test_without_its_record_it_continues_as_plain_lora_and_says_so(tmp_path: Any
     assert "no lora_ga.json" in caplog.text
 
 
+def test_the_record_is_looked_for_where_the_adapter_is(tmp_path: Any, monkeypatch: Any) -> None:
+    model, _ = anchored()
+    model.save_pretrained(tmp_path / "sub")
+    again = load_adapter(tiny.llama(), tmp_path, subfolder="sub")
+    assert all(isinstance(layer.lora_A, AnchoredA) for layer in find_adapted_layers(again))
+
+    asked = {}
+    monkeypatch.setattr("lora_ga_trainer.record.cached_file", lambda *_, **kwargs: asked.update(kwargs))
+    load_adapter(tiny.llama(), tmp_path, subfolder="sub", revision="v2", token=None)
+    assert {name: asked.get(name) for name in ("subfolder", "revision")} == {"subfolder": "sub", "revision": "v2"}
+    assert "token" not in asked
+
+
+def replica_of(module: torch.nn.Module) -> torch.nn.Module:
+    """Copy a module as nn.DataParallel does for another device: its parameters are plain tensors there."""
+    replica = module._replicate_for_data_parallel()
+    for name, parameter in module._parameters.items():
+        if parameter is None:
+            replica._parameters[name] = None
+        else:
+            setattr(replica, name, parameter.detach().clone().requires_grad_())
+    return replica
+
+
+def test_a_copy_of_data_parallel_computes_and_ties_as_the_module_does() -> None:
+    _, layers = anchored("lora_bias")
+    layer = layers[0]
+    for module in (layer.lora_A, layer.lora_B):
+        x = torch.randn(3, module.in_features)
+        replica = replica_of(module)
+        assert torch.equal(replica(x), module(x))
+        module.zero_grad()
+        module(x).square().sum().backward()
+        replica(x).square().sum().backward()
+        assert torch.equal(replica.weight.grad, module.weight.grad)
+
+
 def test_loading_on_another_base_is_refused(tmp_path: Any) -> None:
     model, _ = anchored()
     model.save_pretrained(tmp_path)

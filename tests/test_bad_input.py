@@ -5,16 +5,21 @@ Each case runs through `LoRAGATrainer` and through `Trainer` with a bare `LoRAGA
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import peft
 import pytest
 import tiny
 import torch
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from peft import IA3Config, LoraConfig, get_peft_model
 from transformers import Trainer
 
 from lora_ga_trainer import LoRAGACallback, LoRAGAConfig, LoRAGATrainer, load_adapter
+from lora_ga_trainer.correction import require_correctable
+from lora_ga_trainer.engines import require_supported
 from lora_ga_trainer.layers import find_lora_layers
+from lora_ga_trainer.start import _require_whole_experts
 
 
 @pytest.fixture(params=["trainer", "callback"])
@@ -397,3 +402,31 @@ def test_resuming_a_missing_folder_or_from_an_empty_output_folder_is_the_trainer
         build(lora()).train(resume_from_checkpoint=True)
     with pytest.raises(ValueError, match=r"Can't find a valid checkpoint at .*nowhere"):
         build(lora()).train(resume_from_checkpoint=str(tmp_path / "nowhere"))
+
+
+def test_fsdp1_with_flattened_parameters_is_refused():
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=1, use_orig_params=False)
+    state = SimpleNamespace(fsdp_plugin=plugin)
+    trainer = SimpleNamespace(
+        accelerator=SimpleNamespace(distributed_type=DistributedType.FSDP, state=state), model=None
+    )
+    with pytest.raises(ValueError, match=r"use_orig_params=False flattens .* Set fsdp_use_orig_params: true"):
+        require_supported(trainer)
+    plugin.use_orig_params = True
+    require_supported(trainer)
+
+
+def test_experts_on_several_gpus_without_a_launcher_are_refused():
+    model = get_peft_model(tiny.qwen3_moe(), LoraConfig(r=2, target_parameters=["mlp.experts.down_proj"]))
+    trainer = SimpleNamespace(args=SimpleNamespace(n_gpu=2))
+    with pytest.raises(ValueError, match=r"experts\.down_proj: nn\.DataParallel, .* on 2 GPUs.*accelerate launch"):
+        _require_whole_experts(trainer, find_lora_layers(model))
+    _require_whole_experts(trainer, find_lora_layers(lora()))
+
+
+@pytest.mark.parametrize("correction", ["lora_pro", "lora_pro_adamw"])
+def test_a_correction_on_a_device_without_fp64_is_refused(correction, tmp_path):
+    args = tiny.arguments(tmp_path)
+    trainer = SimpleNamespace(args=SimpleNamespace(device=torch.device("mps"), optim=args.optim), optimizer=None)
+    with pytest.raises(ValueError, match=rf"correction='{correction}' computes in fp64.*\(mps\)"):
+        require_correctable(trainer, LoRAGAConfig(correction=correction))

@@ -229,3 +229,26 @@ def test_gradients_are_given_back_after_an_error(tmp_path):
         warm_up_heads(trainer, trainer.lora_ga_config)
     assert [parameter.requires_grad for parameter in trainer.model.parameters()] == requires_grad
     assert [parameter for parameter in trainer.model.parameters() if parameter.grad is not None] == []
+
+
+def test_a_start_that_fails_gives_the_heads_back_and_a_second_try_trains_them_as_the_first_would_have(tmp_path):
+    fine = make_trainer(tmp_path / "fine", 3, max_steps=1, learning_rate=0.0)
+    trainer = make_trainer(tmp_path / "failed", 3, max_steps=1, learning_rate=0.0)
+    before = state_of(trainer.model)
+    compute_loss = trainer.compute_loss
+    calls = []
+
+    def poisoned(*args, **kwargs):
+        calls.append(1)
+        loss = compute_loss(*args, **kwargs)
+        return loss * float("nan") if len(calls) == 5 else loss  # after 3 steps of a micro-batch: in the probe
+
+    trainer.compute_loss = poisoned
+    with pytest.raises(ValueError, match=r"the loss is nan\. No weight was changed"):
+        trainer.train()
+    assert not moved(trainer.model, before)
+    trainer.compute_loss = compute_loss
+    trainer.train()
+    fine.train()
+    assert heads(trainer.model) <= moved(trainer.model, before)
+    assert not moved(trainer.model, state_of(fine.model))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +14,10 @@ from peft import PeftModel
 from spy import Spy
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from lora_ga_trainer import LoRAGAConfig, estimate_gradients
+from lora_ga_trainer.borrow import preserved_rng
 from lora_ga_trainer.estimate import NonFiniteGradient
 from lora_ga_trainer.layers import find_adapted_layers
 
@@ -344,6 +346,36 @@ def test_gives_everything_back(fails: bool, tmp_path: Any) -> None:
     else:
         probe(trainer, exact())
     before.assert_same(Spy(trainer))
+
+
+def test_neftune_adds_no_noise_to_the_probe(tmp_path: Any) -> None:
+    """The noise of one draw is not the sample's; it is back for training."""
+    rows, plain, found = tiny.causal_rows(8), tiny.llama().eval(), {}
+
+    class AtBegin(TrainerCallback):
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            embedding, ids = trainer.model.get_input_embeddings().train(), rows[0]["input_ids"][None]
+            assert not torch.equal(embedding(ids), embedding(ids))
+            found.update(probe(trainer, exact(num_samples=8)))
+            assert not torch.equal(embedding(ids), embedding(ids))
+
+    trainer = in_order(rows, tmp_path, tiny.with_lora(tiny.llama()), neftune_noise_alpha=5, max_steps=1)
+    trainer.add_callback(AtBegin())
+    trainer.train()
+    true = reference.whole_sample_gradient(plain, list(found), lambda: causal_loss(plain, rows))
+    assert found
+    assert_equal_gradients(found, true)
+
+
+def test_a_device_with_one_generator_gets_it_back(monkeypatch: Any) -> None:
+    """torch.mps has `get_rng_state` and no `get_rng_state_all`."""
+    state = [torch.zeros(3)]
+    device = SimpleNamespace(get_rng_state=lambda: state[0].clone(), set_rng_state=lambda new: state.append(new))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "get_device_module", lambda: device)
+    with preserved_rng():
+        state[0].fill_(1.0)
+    assert torch.equal(state[1], torch.zeros(3))
 
 
 def test_batch_norm_statistics_do_not_move(tmp_path: Any) -> None:

@@ -177,7 +177,7 @@ def test_the_file_of_another_run_is_refused_by_what_differs(changes, name, writt
     seen = AtFirstStep()
     trainer = make_trainer(tmp_path, watch=seen, **changes)
     state = {key: tensor.clone() for key, tensor in trainer.model.state_dict().items()}
-    with pytest.raises(ValueError, match=rf"probe\.safetensors' was made for another .*{name}.*Delete it"):
+    with pytest.raises(ValueError, match=rf"probe\.safetensors' does not fit this run: its .*{name}.*Delete it"):
         trainer.train()
     assert same(trainer.model.state_dict(), state)
     assert (seen.start, seen.losses, trainer.state.global_step) == (None, 0, 0)
@@ -187,7 +187,7 @@ def test_the_file_of_another_run_is_refused_by_what_differs(changes, name, writt
 def test_the_file_of_another_head_is_refused(tmp_path):
     """The head is warmed up before the file is written, so that only the head differs."""
     run(tmp_path, **classifier(head_warmup_steps=1))
-    with pytest.raises(ValueError, match=r"probe\.safetensors' was made for another heads.*Delete it"):
+    with pytest.raises(ValueError, match=r"probe\.safetensors' does not fit this run: its heads.*Delete it"):
         run(tmp_path, **classifier(base=other_head(), head_warmup_steps=1))
 
 
@@ -326,7 +326,7 @@ def test_the_probe_dataset_is_the_one_that_counts(tmp_path):
 
     trainer(1, 5).train()
     trainer(2, 5).train()
-    with pytest.raises(ValueError, match="another data"):
+    with pytest.raises(ValueError, match="its data is"):
         trainer(1, 6).train()
 
 
@@ -353,3 +353,13 @@ def test_a_plain_model_with_peft_config_shares_the_file_with_the_wrapped_one(wri
     seen.watch(trainer)
     trainer.train()
     assert seen.losses == 0
+
+
+def test_sketches_that_never_turned_share_their_gaussians_and_are_written_all_the_same(tmp_path):
+    """One sample has no turning point."""
+    few = SKETCH | {"num_samples": 1}
+    probed, first = run(tmp_path, base=tiny.llama(**WIDE), **few)
+    assert all(layer.sketched for layer in probed.lora_ga_report.layers)
+    _, second = run(tmp_path, base=tiny.llama(**WIDE), **few)
+    assert second.losses < first.losses
+    assert same(first.start, second.start)

@@ -264,17 +264,45 @@ class TestFingerprintOfTheBase:
     def test_it_changes_with_the_dtype_of_the_weights(self):
         assert digest(tiny.with_lora(tiny.llama().bfloat16())) != digest(tiny.with_lora(tiny.llama()))
 
-    def test_it_changes_with_the_config(self):
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            ("rms_norm_eps", 1e-3),
+            ("hidden_act", "gelu"),
+            ("num_attention_heads", 8),
+            ("rope_parameters", {"rope_type": "default", "rope_theta": 5e5}),
+        ],
+    )
+    def test_it_changes_with_what_the_layers_compute(self, name, value):
         model = tiny.with_lora(tiny.llama())
         before = digest(model)
-        model.get_base_model().config.rms_norm_eps *= 2
+        assert getattr(model.get_base_model().config, name) != value
+        setattr(model.get_base_model().config, name, value)
         assert digest(model) != before
 
-    @pytest.mark.parametrize("name", ["_name_or_path", "use_cache"])
-    def test_it_does_not_change_with_where_the_model_came_from_or_how_it_is_run(self, name):
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            ("_name_or_path", "elsewhere"),
+            ("use_cache", False),
+            ("id2label", {0: "no", 1: "yes"}),
+            ("output_hidden_states", True),
+            ("attention_dropout", 0.5),
+            ("a_field_of_the_next_release", 1),
+        ],
+    )
+    def test_it_does_not_change_with_where_the_model_came_from_or_how_it_is_run(self, name, value):
         model = tiny.with_lora(tiny.llama())
         before = digest(model)
-        setattr(model.get_base_model().config, name, "elsewhere" if name == "_name_or_path" else False)
+        setattr(model.get_base_model().config, name, value)
+        assert digest(model) == before
+
+    def test_a_float_of_the_config_may_come_back_as_an_integer(self):
+        model = tiny.with_lora(tiny.llama())
+        before = digest(model)
+        rope = model.get_base_model().config.rope_parameters
+        assert type(rope["rope_theta"]) is float
+        rope["rope_theta"] = int(rope["rope_theta"])
         assert digest(model) == before
 
     def test_it_does_not_change_with_the_attention_implementation(self):

@@ -19,13 +19,19 @@ import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
-from transformers import EvalPrediction, Seq2SeqTrainingArguments, Trainer, TrainerCallback
+from transformers import (
+    EvalPrediction,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainerCallback,
+    default_data_collator,
+)
 
 from lora_ga_trainer import LoRAGACallback, LoRAGAConfig, LoRAGAMixin, LoRAGATrainer, Seq2SeqLoRAGATrainer
 from lora_ga_trainer.anchor import anchored_parameter_names
 from lora_ga_trainer.layers import find_adapted_layers
 from lora_ga_trainer.prepare import prepare_adapter
-from lora_ga_trainer.record import record_of_model
+from lora_ga_trainer.record import read_record, record_of_model
 
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "lora_dropout": 0.1}
@@ -513,6 +519,82 @@ def test_push_to_hub_sends_what_plain_peft_can_load(tmp_path: Any, monkeypatch: 
     assert {"adapter_model.safetensors", "adapter_config.json", "lora_ga.json"} <= sent
     stock = PeftModel.from_pretrained(tiny.llama(), tmp_path / "hub")
     assert torch.equal(logits_of(stock), logits_of(trainer.model))
+
+
+def test_what_is_pushed_while_training_has_its_record(tmp_path: Any, monkeypatch: Any) -> None:
+    """The Trainer uploads `output_dir`, with the files of a checkpoint whose names it knows."""
+    pushed = []
+
+    def push(self: Any, checkpoint: str) -> None:
+        pushed.append({path.name for path in Path(self.args.output_dir).iterdir()})
+
+    monkeypatch.setattr("transformers.Trainer.init_hf_repo", lambda *_, **__: None)
+    monkeypatch.setattr("transformers.Trainer._push_from_checkpoint", push)
+    monkeypatch.setattr("transformers.Trainer.push_to_hub", lambda *_, **__: None)
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "push_to_hub": True}
+    trainer = swap(tmp_path, **settings)
+    trainer.train()
+    assert len(pushed) == 2
+    assert all("lora_ga.json" in names for names in pushed)
+    assert read_record(tmp_path) == read_record(tmp_path / "checkpoint-2")
+
+
+def test_a_second_adapter_starts_beside_an_anchored_one(tmp_path: Any) -> None:
+    first = swap(tmp_path / "first", max_steps=1)
+    first.train()
+    model = first.model
+    frozen = {name: p.detach().clone() for name, p in model.named_parameters() if ".default." in name}
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"]))
+    model.set_adapter("second")
+    args = tiny.arguments(tmp_path / "second", max_steps=2, learning_rate=1e-2)
+    trainer = LoRAGATrainer(model, args, train_dataset=tiny.causal_rows(16), lora_ga_config=LoRAGAConfig(**FEW))
+    trainer.train()
+    assert [layer.action for layer in trainer.lora_ga_report.layers] == ["initialised", "initialised"]
+    assert frozen
+    assert all(torch.equal(dict(model.named_parameters())[name], before) for name, before in frozen.items())
+    assert any(p.any() for name, p in model.named_parameters() if "lora_B.second" in name)
+
+
+def test_a_trainer_without_train_data_evaluates_any_adapter_as_it_is(tmp_path: Any) -> None:
+    trained = swap(tmp_path, max_steps=2)
+    trained.train()
+    trained.save_model()
+    rows = tiny.causal_rows(4, seed=3)
+    for trainable in (False, True):
+        model = PeftModel.from_pretrained(tiny.llama(), tmp_path, is_trainable=trainable)
+        trainer = LoRAGATrainer(model, tiny.arguments(tmp_path / "eval"), eval_dataset=rows)
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(trained.evaluate(rows)["eval_loss"], rel=1e-6)
+        trainer.train_dataset = rows
+        trainer.args.max_steps = 1
+        with pytest.raises(ValueError, match="made without a train_dataset, to evaluate"):
+            trainer.train()
+
+
+def test_a_collator_shows_its_attributes_to_a_trainer_that_looks_for_them(tmp_path: Any) -> None:
+    class Padded:
+        pad = 3
+
+        def __call__(self, samples: Any) -> Any:
+            return default_data_collator(samples)
+
+    class Looks(LoRAGATrainer):
+        def get_train_dataloader(self) -> Any:
+            assert self.data_collator.pad == 3
+            assert not hasattr(self.data_collator, "something_else")
+            return super().get_train_dataloader()
+
+    rows = tiny.causal_rows(16, ragged=False)
+    lora = LoraConfig(r=2, target_modules=["q_proj"])
+    trainer = Looks(
+        tiny.llama(),
+        tiny.arguments(tmp_path, max_steps=1, dataloader_num_workers=1),
+        train_dataset=rows,
+        data_collator=Padded(),
+        peft_config=lora,
+        lora_ga_config=LoRAGAConfig(**FEW),
+    )
+    trainer.train()
+    assert trainer.lora_ga_report.samples == FEW["num_samples"]
 
 
 def test_unreached_layers_stay_plain_and_are_reported(tmp_path: Any) -> None:

