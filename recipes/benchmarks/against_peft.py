@@ -138,7 +138,7 @@ def train(model: PeftModel, batch: dict[str, Tensor], steps: int = 5) -> None:
 
 
 def reload_error(model: PeftModel, base, batch) -> dict[str, float]:
-    """Compare the model's output with the base's, and after training with that of its saved adapter on a clean base."""
+    """Compare the output with the base's, and after training with that of the saved adapter on a clean base."""
     largest = lambda difference: difference.abs().max().item()
     with torch.no_grad():
         original = base.eval()(**batch).logits
