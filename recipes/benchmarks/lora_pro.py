@@ -15,7 +15,11 @@ import argparse
 import json
 import platform
 import statistics
+import sys
 from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from cost_models import MODELS, clock
