@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import transformers
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from peft import LoraConfig
@@ -281,6 +283,15 @@ trainer.train(resume_from_checkpoint=True)
 """
 
 
+# transformers 5.3 maps an optimizer's state to the device of the process group, `cpu:0`, which torch does not know.
+LOADS_TO_CPU_0 = "= self.args.device if self.args.world_size > 1" in inspect.getsource(
+    Trainer._load_optimizer_and_scheduler
+)
+
+
+@pytest.mark.skipif(
+    LOADS_TO_CPU_0, reason=f"transformers {transformers.__version__} resumes no Trainer of two processes on CPUs"
+)
 def test_two_processes_choose_alike_though_one_alone_sees_the_damage(tmp_path: Path) -> None:
     script = tmp_path / "run.py"
     script.write_text(RANKS.format(folder=str(tmp_path)))

@@ -6,6 +6,7 @@ One start on every engine: two real processes (gloo, CPU) against one, under DDP
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import signal
@@ -19,12 +20,14 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import transformers
 from engine_run import KILLED, ROWS, SAVED, STEPS, bare_part, main_part
 from optional import require
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaForCausalLM
+from transformers.distributed import DistributedConfig
 
 
 # DeepSpeed builds its CPU optimizer at its first use, which takes more than a minute.
@@ -40,7 +43,16 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
+def skip_what_the_libraries_lack(engine: str) -> None:
+    """Both came after the oldest releases that the package runs with."""
+    if engine == "fsdp2" and "fsdp_size" not in inspect.signature(DistributedConfig).parameters:
+        pytest.skip(f"transformers {transformers.__version__} has no DistributedConfig(fsdp_size=...)")
+    if engine == "fully_shard" and not hasattr(torch.cpu.Stream, "record_event"):
+        pytest.skip(f"fully_shard of torch {torch.__version__} does not run on a CPU")
+
+
 def launch(engine: str, part: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    skip_what_the_libraries_lack(engine)
     if engine.startswith("zero"):
         require("deepspeed")
         require("ninja")
