@@ -11,6 +11,7 @@ you can lose.
 """
 
 import re
+import zlib
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import groupby, takewhile
@@ -90,16 +91,19 @@ def main(argv: list[str] | None = None) -> dict:
             "id": f"{task_id}/{sample}",
             "task_id": task_id,
             "model": generation.model_name,
+            "sampling": sampling_of(humaneval),
             "prompt": prompt_of(problem, humaneval),
         }
         for task_id, problem in problems.items()
         for sample in range(humaneval.samples)
     ]
     writer = Writer(generation)
-    if humaneval.samples > 1:
-        writer.sample(humaneval.temperature, humaneval.top_p, humaneval.seed)
 
     def answer(batch: list[Question]) -> list[Record]:
+        if humaneval.samples > 1:
+            # A stream of its own: where answers are added to a file the first ones are not drawn again.
+            stream = zlib.crc32(f"{humaneval.seed} {batch[0]['id']}".encode())
+            writer.sample(humaneval.temperature, humaneval.top_p, stream)
         written = writer.write([question["prompt"] for question in batch])
         return [
             question | judge(problems[question["task_id"]], text, humaneval)
@@ -107,7 +111,8 @@ def main(argv: list[str] | None = None) -> dict:
         ]
 
     path = generation.output_file("humaneval_answers.jsonl")
-    records = answer_missing(path, questions, answer, generation.batch_size)
+    same = ("prompt", "model", "sampling")
+    records = answer_missing(path, questions, answer, generation.batch_size, same=same)
     passed = [
         sum(record["passed"] for record in group)
         for _, group in groupby(records, key=lambda record: record["task_id"])
@@ -115,6 +120,13 @@ def main(argv: list[str] | None = None) -> dict:
     results = {f"pass@{k}": pass_at_k(humaneval.samples, passed, k) for k in humaneval.k}
     report("HumanEval", results, path)
     return results
+
+
+def sampling_of(args: HumanEvalArguments) -> str:
+    """Say how tokens are chosen; answers chosen otherwise are not samples of the same kind."""
+    if args.samples == 1:
+        return "the likeliest token"
+    return f"temperature {args.temperature}, top_p {args.top_p}, seed {args.seed}"
 
 
 def prompt_of(problem: Record, args: HumanEvalArguments) -> str:

@@ -284,6 +284,10 @@ def test_the_program_compares_continues_and_reports(tmp_path, command, monkeypat
     assert call(monkeypatch, command) == []
     more = [*command, "--arms", "lora,lora_one", "--seeds", "0", "--max_extensions", "0"]
     assert {name for name, _, _ in call(monkeypatch, more)} == {"lora_one"}
+    rows = json.loads((out / "comparison.json").read_text())["arms"]
+    assert [[run["seed"] for run in row["runs"]] for row in rows] == [[0], [0]], (
+        "arms are averaged over the same seeds"
+    )
 
     with pytest.raises(ValueError, match="made with lora_r=2, this one has 4"):
         call(monkeypatch, [*command, "--lora_r", "4"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 from decimal import Decimal
 from pathlib import Path
@@ -13,6 +14,7 @@ import paper_data
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 
@@ -149,7 +151,7 @@ def greedy(model: Any, ids: list[int], count: int, end: int) -> list[int]:
 def tokens(writer: Writer, prompts: list[str], **cut: Any) -> list[list[int]]:
     """What is written, as tokens: random bytes are no text that could be told apart."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writer.tokenizer, "batch_decode", lambda ids, **_: ids.tolist())
+        patch.setattr(writer, "decode", list)
         rows = writer.write(prompts, **cut)
     return [[token for token in row if token != writer.tokenizer.pad_token_id] for row in rows]
 
@@ -292,6 +294,32 @@ def test_answers_to_other_prompts_or_of_another_model_are_not_taken(command, mon
         evaluate_gsm8k.main(
             [word if word != "--adapter" else "--base" for word in command[:1]] + [causal[2], *command[2:]]
         )
+
+
+def test_answers_of_other_weights_in_the_same_folder_are_not_taken(command, monkeypatch, causal, tmp_path):
+    adapter = shutil.copytree(causal[0], tmp_path / "again")
+    words = [str(adapter) if word == causal[0] else word for word in command]
+    say(monkeypatch, ["#### 2", "#### 3", "#### 4"])
+    evaluate_gsm8k.main(words)
+    with pytest.raises(ValueError, match="was given to another model"):
+        evaluate_gsm8k.main([*words, "--max_new_tokens", "7"])
+    weights = load_file(adapter / "adapter_model.safetensors")
+    save_file({name: weight + 1 for name, weight in weights.items()}, adapter / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="was given to another model"):
+        evaluate_gsm8k.main(words)
+
+
+def test_what_is_written_keeps_the_spaces_that_a_decoder_strips_from_the_start_of_a_text(causal, monkeypatch):
+    """Llama 2's decoder ends in `Strip(" ", start=1)`."""
+    writer = Writer(GenerationArguments(adapter=causal[0]))
+    written = list(b"    return 1")
+    monkeypatch.setattr(
+        writer.model, "generate", lambda input_ids, **_: torch.cat([input_ids, torch.tensor([written])], dim=1)
+    )
+    text = lambda ids, **_: bytes(i for i in ids if i > 2).decode().removeprefix(" ")
+    monkeypatch.setattr(writer.tokenizer, "decode", text)
+    monkeypatch.setattr("answering.generation.encode_prompt", lambda prompt, tokenizer: ([1], list(prompt.encode())))
+    assert writer.write(["def f():\n"]) == ["    return 1"]
 
 
 def test_a_broken_line_in_the_middle_is_named(tmp_path):

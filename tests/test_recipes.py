@@ -27,7 +27,7 @@ import finetune
 from finetuning import data as recipe_data
 from finetuning import reading
 from finetuning.arguments import DataArguments, ModelArguments, make_parser, parse
-from finetuning.encoding import IGNORED, drop_too_long, encode, encode_completion
+from finetuning.encoding import IGNORED, drop_too_long, encode, encode_completion, fill_templates
 from finetuning.evaluation import decode, evaluation_functions, load_metric
 from finetuning.filtering import completion_of
 from finetuning.models import load_model, load_tokenizer
@@ -331,6 +331,22 @@ def test_the_split_depends_on_its_seed_alone(numbered):
     assert held_out == split_texts(numbered, split_seed=3, drop_duplicates=True, max_train_samples=8)[1]
 
 
+def test_rows_that_differ_in_a_column_of_the_template_are_no_duplicates(tmp_path):
+    rows = [{"sentence": f"s{i % 2}", "question": f"q{i % 4}", "label": "yes"} for i in range(8)]
+    fields = {"prompt_field": "sentence", "completion_field": "label", "drop_duplicates": True}
+    path = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    for template, left in (("{prompt}", 2), ("{question}\n{sentence}", 4)):
+        args = data_arguments(train_file=path, prompt_template=template, **fields)
+        assert len(recipe_data.read_rows(args, "causal-lm")[0]) == left
+
+
+def test_a_column_of_the_template_that_a_row_lacks_is_named():
+    args = data_arguments(train_file="x", prompt_field="q", completion_field="a", prompt_template="{prompt}\n{input}")
+    assert fill_templates({"q": "one", "a": "two", "input": ""}, args) == ("one\n", "two")
+    with pytest.raises(ValueError, match="a row has no 'input'"):
+        fill_templates({"q": "one", "a": "two", "input": None}, args)
+
+
 def test_duplicates_stay_unless_dropped_and_nothing_is_held_out_of_nothing(numbered):
     assert len(split_texts(numbered, eval_fraction=0)[0]) == 60
     assert split_texts(numbered, eval_fraction=0, drop_duplicates=True) == ([f"text {i}" for i in range(50)], [])
@@ -601,6 +617,31 @@ def test_a_seq2seq_model_reports_exact_match_when_it_writes(tmp_path, monkeypatc
         monkeypatch, tmp_path / "out", *arguments, "--predict_with_generate", "--generation_max_length", "4"
     )
     assert {"eval_loss", "eval_perplexity", "eval_exact_match"} <= results.keys()
+
+
+def test_a_seq2seq_model_counts_accumulated_batches_once_and_may_write_the_longest_answer(
+    tmp_path, monkeypatch, tokenizer, letters
+):
+    base = tmp_path / "base"
+    model = tiny.t5()
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    limits, evaluate = [], finetune.make_trainer
+
+    def watched(task, model, args, data, *rest, **more):
+        trainer = evaluate(task, model, args, data, *rest, **more)
+        limits.append((args.generation_max_length, max(len(row) for row in data.eval["labels"])))
+        return trainer
+
+    monkeypatch.setattr(finetune, "make_trainer", watched)
+    arguments = ("--model_name_or_path", str(base), "--train_file", letters, "--task", "seq2seq", *FIELDS)
+    arguments += ("--gradient_accumulation_steps", "4", "--learning_rate", "1e-6", "--predict_with_generate")
+    results = run_recipe(monkeypatch, tmp_path / "out", *arguments)
+    trained = json.loads((tmp_path / "out" / "train_results.json").read_text())
+    assert trained["train_loss"] == pytest.approx(results["eval_loss"], rel=0.3)
+    ((limit, longest),) = limits
+    assert limit == longest + 1
 
 
 @pytest.mark.slow

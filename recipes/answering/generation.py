@@ -1,5 +1,6 @@
 """Load a base with an adapter, as plain PEFT does, and let it write: what the evaluation programs share."""
 
+import hashlib
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,8 +69,11 @@ class GenerationArguments:
 
     @property
     def model_name(self) -> str:
-        """What answered: the adapter's folder, or the base where there is none."""
-        return str(self.adapter or self.base)
+        """What answered: the adapter's folder with a digest of its weights, or the base; and what it answered with."""
+        base, dtype = self.base or "its own", f"{self.dtype}, {self.max_new_tokens} tokens"
+        if self.adapter is None:
+            return f"{self.base} ({self.model_revision}, {dtype})"
+        return f"{self.adapter} (weights {_digest(Path(self.adapter))}, base {base}, {dtype})"
 
     def output_file(self, name: str) -> Path:
         """Return the file of answers, `name` in the adapter's folder unless another was asked for."""
@@ -153,11 +157,18 @@ class Writer:
             rows = [[*start, *body] for start, body in (encode_prompt(prompt, self.tokenizer) for prompt in prompts)]
             batch = self.pad(rows, "left")  # what is written starts where every prompt ends
             written = self.model.generate(**batch)[:, batch["input_ids"].shape[1] :]
-        else:
-            cut = {"truncation": max_length is not None, "max_length": max_length}
-            rows = [self.tokenizer(prompt, **cut)["input_ids"] for prompt in prompts]
-            written = self.model.generate(**self.pad(rows, "right"))
-        return self.tokenizer.batch_decode(written, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            # Decoded with its prompt: alone, Llama 2's text would lose the first space of an indented line.
+            return [
+                self.decode([*row, *tokens])[len(self.decode(row)) :]
+                for row, tokens in zip(rows, written.tolist(), strict=True)
+            ]
+        cut = {"truncation": max_length is not None, "max_length": max_length}
+        rows = [self.tokenizer(prompt, **cut)["input_ids"] for prompt in prompts]
+        written = self.model.generate(**self.pad(rows, "right"))
+        return [self.decode(tokens) for tokens in written.tolist()]
+
+    def decode(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def pad(self, rows: list[list[int]], side: str) -> dict[str, torch.Tensor]:
         """Return rows of tokens as one batch, `input_ids` and `attention_mask` of (rows, longest)."""
@@ -184,6 +195,16 @@ def generation_settings(
 def fill_prompt(template: str, row: Row, prompt: str) -> str:
     """Put a row into the prompt template, `{prompt}` standing for its prompt column."""
     return fill_template(template, {**row, "prompt": prompt}, "prompt_template")
+
+
+def _digest(adapter: Path) -> str:
+    """Tell the weights of an adapter apart from others that were saved in the same folder."""
+    digest = hashlib.sha256()
+    for path in sorted(adapter.glob("adapter_model*.safetensors")):
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()[:12]
 
 
 def _adapter_config(adapter: str | None) -> dict[str, Any]:

@@ -91,7 +91,23 @@ def _adalora(model: nn.Module, config: LoraConfig, samples: Samples) -> nn.Modul
         deltaT=max(1, steps // 100),
         total_step=steps,
     )
-    return get_peft_model(model, adalora)
+    adapted = get_peft_model(model, adalora)
+    _regularise_in_training_only(adapted.base_model, adalora)
+    return adapted
+
+
+def _regularise_in_training_only(tuner: nn.Module, config: AdaLoraConfig) -> None:
+    """Keep AdaLoRA's penalty, which PEFT adds to every loss, out of the loss that arms are judged by."""
+    weight = config.orth_reg_weight
+
+    def before(module: nn.Module, args: Any) -> None:
+        config.orth_reg_weight = weight if module.training else 0.0
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        config.orth_reg_weight = weight
+
+    tuner.register_forward_pre_hook(before)
+    tuner.register_forward_hook(after)
 
 
 METHODS = {

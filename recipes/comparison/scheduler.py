@@ -79,7 +79,8 @@ class Comparison:
     def _row(self, arm: Arm) -> Row:
         verdict, first = self.verdict(arm), self.compare.seeds[0]
         swept = {rate: score for (rate, seed), score in self.scores(arm).items() if seed == first}
-        at_best = [r for r in self.results if r.arm == arm.name and r.rate == verdict.best]
+        seeds = self.compare.seeds  # the folder may hold more, of a run that was asked for more
+        at_best = [r for r in self.results if r.arm == arm.name and r.rate == verdict.best and r.seed in seeds]
         return Row(arm.name, verdict, swept, sorted(at_best, key=lambda r: r.seed))
 
 

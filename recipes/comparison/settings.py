@@ -16,6 +16,8 @@ OWNED = {
     "num_train_epochs": "every run has the same --max_steps",
     "eval_strategy": "use --eval_points",
     "eval_steps": "use --eval_points",
+    "eval_on_start": "use --eval_points",
+    "eval_delay": "use --eval_points",
     "load_best_model_at_end": "every run is judged by its last step",
     "push_to_hub": "no run is meant to be kept",
     "resume_from_checkpoint": "a comparison continues by itself in its output_dir",
@@ -42,6 +44,19 @@ TRAINING = (
     "fp16",
     "data_seed",
     "world_size",
+    "train_batch_size",
+    "neftune_noise_alpha",
+    "train_sampling_strategy",
+    "dataloader_drop_last",
+    "optim_target_modules",
+    "use_liger_kernel",
+    "tf32",
+    "average_tokens_across_devices",
+    # Losses of held-out rows are means of the means of batches, except a classifier's.
+    "eval_batch_size",
+    "predict_with_generate",
+    "generation_max_length",
+    "generation_num_beams",
 )
 
 

@@ -6,7 +6,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from finetuning.arguments import DataArguments, SourceArguments
-from finetuning.encoding import encode, text_of
+from finetuning.encoding import encode, template_columns, text_of
 from finetuning.filtering import filter_rows
 from finetuning.package_paths import resolve_reference
 from finetuning.reading import read_hub, read_local
@@ -50,7 +50,8 @@ def read_rows(args: DataArguments, task: str) -> tuple[Dataset, Dataset | None]:
     used = _used_columns(args, task)
     train = _read(args, args.train_file, args.train_split, used)
     if args.drop_duplicates:
-        train = drop_duplicates(train, used)
+        more = [] if task == CLASSIFICATION else [n for n in template_columns(args) if n in train.column_names]
+        train = drop_duplicates(train, list(dict.fromkeys([*used, *more])))
     if args.eval_file is None and args.eval_split is None:
         return train, None
     return train, _read(args, args.eval_file, args.eval_split, used)

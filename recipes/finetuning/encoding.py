@@ -1,6 +1,8 @@
 """Turn rows into tokens and labels, one routine a task."""
 
+import re
 from collections.abc import Callable
+from string import Formatter
 from typing import Any
 
 from datasets import Dataset
@@ -71,10 +73,23 @@ def fill_templates(row: Row, args: DataArguments) -> tuple[str, str]:
     """Return the prompt and the completion of a row, each put into its template."""
     completion = completion_of(text_of(row, args.completion_field), args)
     values = {**row, "prompt": text_of(row, args.prompt_field), "completion": completion}
+    for name in template_columns(args):
+        if name in values:
+            text_of(values, name)  # an error where the row has none, which the template would spell "None"
     return (
         fill_template(args.prompt_template, values, "prompt_template"),
         fill_template(args.completion_template, values, "completion_template"),
     )
+
+
+def template_columns(args: DataArguments) -> list[str]:
+    """Return the names in braces of both templates, without what follows a dot, a bracket or a colon."""
+    templates = (args.prompt_template, args.completion_template)
+    try:
+        found = [name for template in templates for _, name, _, _ in Formatter().parse(template) if name]
+    except ValueError:  # `fill_template` says which and why
+        return []
+    return list(dict.fromkeys(re.split(r"[.\[]", name)[0] for name in found))
 
 
 def fill_template(template: str, values: Row, name: str) -> str:

@@ -66,9 +66,9 @@ def load_model(
     if "gguf_file" in options:  # the weights are plain by now; what says otherwise would keep the model from saving
         vars(model.config).pop("quantization_config", None)
         model.hf_quantizer = None
-    if class_names is not None:
-        # BERT takes the item count that the Trainer offers and ignores it: accumulated over batches or spread over
-        # processes, its loss and gradients would count that many times. A plain mean is right for one label a row.
+    if args.task != "causal-lm":
+        # BERT and T5 take the item count that the Trainer offers and ignore it: accumulated over batches or spread
+        # over processes, their loss and gradients would count that many times. So the Trainer divides, by batches.
         model.accepts_loss_kwargs = False
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id

@@ -34,6 +34,9 @@ def make_trainer(
 ) -> Trainer:
     """Return the trainer of `task`: `model` is wrapped with `peft_config` where one is given."""
     trainer_class = Seq2SeqLoRAGATrainer if task == "seq2seq" else LoRAGATrainer
+    if args.predict_with_generate and args.generation_max_length is None and data.eval is not None:
+        # Else it is 20. Room for the first token, which no answer holds, and for the longest answer with its end.
+        args.generation_max_length = 1 + max(len(labels) for labels in data.eval["labels"])
     return trainer_class(
         model,
         args,
