@@ -301,6 +301,11 @@ def test_adalora_is_judged_without_its_penalty(task):
     assert trainer.model.peft_config["default"].orth_reg_weight == 0.5
 
 
+def test_full_fine_tuning_widens_half_precision(task):
+    model = METHODS["full"].make(tiny.llama().bfloat16(), LORA, "causal-lm", None)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
 def test_full_fine_tuning_trains_every_weight(task):
     trainer = trainer_of(task, "full")
     before = base_weights(trainer.model)

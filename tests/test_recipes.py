@@ -28,7 +28,7 @@ from finetuning import data as recipe_data
 from finetuning import reading
 from finetuning.arguments import DataArguments, ModelArguments, make_parser, parse
 from finetuning.encoding import IGNORED, drop_too_long, encode, encode_completion, fill_templates
-from finetuning.evaluation import decode, evaluation_functions, load_metric
+from finetuning.evaluation import add_perplexity, decode, evaluation_functions, load_metric
 from finetuning.filtering import completion_of
 from finetuning.models import load_model, load_tokenizer
 from finetuning.package_paths import resolve_reference
@@ -570,6 +570,11 @@ def letters(tmp_path: Path) -> str:
 
 
 FIELDS = ("--prompt_field", "question", "--completion_field", "answer")
+
+
+@pytest.mark.parametrize(("loss", "perplexity"), [(0.0, 1.0), (800.0, np.inf)])
+def test_a_loss_that_diverged_has_an_infinite_perplexity(loss, perplexity):
+    assert add_perplexity({"eval_loss": loss}, "causal-lm")["eval_perplexity"] == perplexity
 
 
 def test_a_causal_model_reports_perplexity_and_saves_what_peft_loads(

@@ -51,6 +51,11 @@ class Method:
         return self.adapt(model, make_lora_config(replace(lora, **self.lora), task), samples)
 
 
+def _full(model: nn.Module, config: LoraConfig, samples: Samples) -> nn.Module:
+    """Widen a base in half precision, as PEFT widens adapters: at small rates most steps would round away."""
+    return model.float()
+
+
 def _wrap(model: nn.Module, config: LoraConfig, samples: Samples) -> nn.Module:
     return get_peft_model(model, config)
 
@@ -111,7 +116,7 @@ def _regularise_in_training_only(tuner: nn.Module, config: AdaLoraConfig) -> Non
 
 
 METHODS = {
-    "full": Method("full fine-tuning", lambda model, config, samples: model, rate_factor=0.1, correctable=False),
+    "full": Method("full fine-tuning, of fp32 weights", _full, rate_factor=0.1, correctable=False),
     "lora": Method("LoRA, arXiv 2106.09685", _wrap),
     "rslora": Method("rank-stabilised LoRA, arXiv 2312.03732", _wrap, lora={"use_rslora": True}),
     "lora_plus": Method(

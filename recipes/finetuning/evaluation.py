@@ -68,7 +68,8 @@ def add_perplexity(metrics: dict[str, float], task: str) -> dict[str, float]:
     """Return the metrics with exp(eval_loss) for tasks that write text; the loss is the mean of its batches' means."""
     if task == "sequence-classification":
         return metrics
-    return {**metrics, "eval_perplexity": math.exp(metrics["eval_loss"])}
+    loss = metrics["eval_loss"]
+    return {**metrics, "eval_perplexity": math.inf if loss >= 709 else math.exp(loss)}  # what a double can hold
 
 
 def headline(metrics: dict[str, float]) -> str:
