@@ -20,7 +20,7 @@ from .config import LoRAGAConfig
 from .correction import asked_for, bare_optimizer
 from .engine_step import EngineStep, install_engine_step
 from .engines import optimizer_groups, require_resumable_engine, require_supported
-from .head_warmup import heads_kept_on_failure, warm_up_heads
+from .head_warmup import warm_heads, warm_up_heads
 from .layers import find_adapted_layers
 from .lora_pro_adamw import LoRAProAdamW
 from .prepare import prepare_adapter, require_config
@@ -101,7 +101,8 @@ class LoRAGACallback(TrainerCallback):
         model = trainer.accelerator.unwrap_model(trainer.model)
         self.engine_step = install_engine_step(trainer, model, self.config.correction == "lora_pro")
         if self.config.init == "none":
-            self._warm_up(model, resumed=state.global_step > 0)
+            if state.global_step == 0 and self._is_cold(model):
+                warm_up_heads(trainer, self.config)
             self._warm_model = weakref.ref(model)
             return
         record = self._require_prepared(model)
@@ -115,17 +116,14 @@ class LoRAGACallback(TrainerCallback):
             write_record(record, args.output_dir)
 
     def _start(self, model: nn.Module) -> None:
-        warms_up = self.config.head_warmup_steps > 0 and self._warm_model() is not model
-        with heads_kept_on_failure(self.trainer) if warms_up else nullcontext():
-            self._warm_up(model, resumed=False)
+        with warm_heads(self.trainer, self.config) if self._is_cold(model) else nullcontext():
             self.report = start_adapter(self.trainer, self.config, find_adapted_layers(model), self.probe_dataset)
         self._warm_model = weakref.ref(model)
         self._publish(self.report)
 
-    def _warm_up(self, model: nn.Module, resumed: bool) -> None:
-        """Train the heads of a model, unless that was done."""
-        if self.config.head_warmup_steps > 0 and not resumed and self._warm_model() is not model:
-            warm_up_heads(self.trainer, self.config)
+    def _is_cold(self, model: nn.Module) -> bool:
+        """Tell whether the heads of a model are to be trained first and were not yet."""
+        return self.config.head_warmup_steps > 0 and self._warm_model() is not model
 
     def _require_prepared(self, model: nn.Module) -> StartRecord:
         record = record_of_model(model)

@@ -56,12 +56,13 @@ def warm_up_heads(trainer: Trainer, config: LoRAGAConfig) -> None:
 
 
 @contextmanager
-def heads_kept_on_failure(trainer: Trainer) -> Iterator[None]:
-    """Give the modules of `modules_to_save` their values back if anything inside raises. Collective."""
+def warm_heads(trainer: Trainer, config: LoRAGAConfig) -> Iterator[None]:
+    """Warm the heads up, and give them their values back if anything inside raises. Collective."""
     heads = saved_modules(require_peft_model(trainer.accelerator.unwrap_model(trainer.model)))
     parameters = [parameter for head in heads for parameter in head.parameters() if parameter.requires_grad]
     before = [read_parameter(parameter).clone() for parameter in parameters]
     try:
+        warm_up_heads(trainer, config)
         yield
     except BaseException:
         write_parameters(trainer, list(zip(parameters, before, strict=True)))

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from .adapted_layer import AdaptedExperts, AdaptedLayer
 from .engines import plain_name
 from .experts import split_A, split_B
-from .sketch import wide
+from .precision import wide
 
 
 def require_peft_model(model: nn.Module) -> PeftModel:

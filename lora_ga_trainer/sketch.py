@@ -39,6 +39,7 @@ import torch
 from torch import Tensor
 
 from .config import LoRAGAConfig
+from .precision import narrow, wide
 from .recovery import HELD_OUT, TopSVD, recover, top_svd
 
 
@@ -257,16 +258,6 @@ def _add_product(
 def stack(tensors: Sequence[Tensor]) -> Tensor:  # (n, ...)
     """Stack tensors of one shape; a single one is not copied."""
     return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
-
-
-def narrow(tensor: Tensor) -> Tensor:
-    """Return `tensor` in fp32, on the CPU where the device has no factorisations."""
-    return tensor.float().cpu() if tensor.device.type == "mps" else tensor.float()
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """Return `tensor` in fp64, on the CPU where the device has none."""
-    return tensor.cpu().double() if tensor.device.type == "mps" else tensor.double()
 
 
 def turning_points(samples: int) -> list[int]:

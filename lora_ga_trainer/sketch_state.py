@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .precision import wide
 from .recovery import HELD_OUT
-from .sketch import DTYPES, Estimator, ExactGradient, SketchedGradient, wide
+from .sketch import DTYPES, Estimator, ExactGradient, SketchedGradient
 
 
 # Least eigenvalue of the Gram matrix of saved test columns, where its mean is 1. Gaussian columns of a square matrix,

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
+from .precision import narrow
 from .recovery import TopSVD, merge
-from .sketch import Estimator, SketchedGradient, narrow, stack
+from .sketch import Estimator, SketchedGradient, stack
 
 
 _STACKED_BYTES = 2**26  # that the work on one stack may take, a single layer more; 2**28 was slower on a CPU

@@ -114,7 +114,7 @@ def _estimate(
 
 def _require_whole_experts(trainer: Trainer, layers: list[AdaptedLayer]) -> None:
     for layer in layers:
-        if layer.parameter_name is not None and trainer.args.n_gpu > 1:
+        if layer.parameter_name is not None and is_anchored(layer) and trainer.args.n_gpu > 1:
             raise ValueError(
                 f"{layer.name}: nn.DataParallel, which the Trainer uses on {trainer.args.n_gpu} GPUs without a "
                 "launcher, can't copy an anchored parameter. Start with `accelerate launch`, which gives each GPU a "

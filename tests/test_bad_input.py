@@ -19,6 +19,7 @@ from lora_ga_trainer import LoRAGACallback, LoRAGAConfig, LoRAGATrainer, load_ad
 from lora_ga_trainer.correction import require_correctable
 from lora_ga_trainer.engines import require_supported
 from lora_ga_trainer.layers import find_lora_layers
+from lora_ga_trainer.prepare import prepare_adapter
 from lora_ga_trainer.start import _require_whole_experts
 
 
@@ -419,6 +420,8 @@ def test_fsdp1_with_flattened_parameters_is_refused():
 def test_experts_on_several_gpus_without_a_launcher_are_refused():
     model = get_peft_model(tiny.qwen3_moe(), LoraConfig(r=2, target_parameters=["mlp.experts.down_proj"]))
     trainer = SimpleNamespace(args=SimpleNamespace(n_gpu=2))
+    _require_whole_experts(trainer, find_lora_layers(model))  # plain factors can be copied
+    prepare_adapter(model, LoRAGAConfig())
     with pytest.raises(ValueError, match=r"experts\.down_proj: nn\.DataParallel, .* on 2 GPUs.*accelerate launch"):
         _require_whole_experts(trainer, find_lora_layers(model))
     _require_whole_experts(trainer, find_lora_layers(lora()))

@@ -29,10 +29,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "lora_ga_trainer"
 NEEDED = ("pytest", "hypothesis")  # beside the extra `recipes`: modules that tests import without `optional.require`
-MODULES = {
-    "optimum-quanto": "optimum.quanto",
-    "pytest-xdist": "xdist",
-}  # where a library's module is not its name with underscores
+# Where a library's module is not its name with underscores.
+MODULES = {"optimum-quanto": "optimum.quanto", "pytest-xdist": "xdist"}
 
 
 def read_requirements(text: str) -> tuple[list[str], dict[str, list[str]]]:
