@@ -7,17 +7,17 @@ scaling of the layer (`alpha / r`, with rsLoRA `alpha / sqrt(r)`); adapted weigh
 its best rank-k approximation; `N` tokens of one pass; `k` columns of a sketch.
 """
 
-from .anchor import load_adapter
 from .callback import LoRAGACallback
 from .config import LoRAGAConfig
-from .estimate import GradientEstimate
-from .export import export_adapter
-from .factors import lora_ga_factors, lora_one_factors
-from .lora_pro import correct_gradients
-from .lora_pro_adamw import LoRAProAdamW
-from .lora_pro_wrapper import LoRAProOptimizer
-from .probe import estimate_gradients
-from .report import GradientReport
+from .gradients.estimate import GradientEstimate
+from .gradients.probe import estimate_gradients
+from .maths.factors import lora_ga_factors, lora_one_factors
+from .maths.lora_pro import correct_gradients
+from .optimizers.adamw import LoRAProAdamW
+from .optimizers.wrapper import LoRAProOptimizer
+from .saving.export import export_adapter
+from .saving.load import load_adapter
+from .starts.report import GradientReport
 from .trainer import LoRAGAMixin, LoRAGATrainer, Seq2SeqLoRAGATrainer
 
 

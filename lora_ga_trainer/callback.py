@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import weakref
 from collections.abc import Callable
@@ -13,23 +12,20 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from .anchor import anchored_parameter_names
-from .checkpoint import require_resumable
-from .complete import newest_complete_checkpoint, require_complete
-from .config import LoRAGAConfig
-from .correction import asked_for, bare_optimizer
-from .engine_step import EngineStep, install_engine_step
-from .engines import optimizer_groups, require_resumable_engine, require_supported
-from .head_warmup import warm_heads, warm_up_heads
-from .layers import find_adapted_layers
-from .lora_pro_adamw import LoRAProAdamW
-from .prepare import prepare_adapter, require_config
-from .probe_file import require_probe_folder
-from .record import StartRecord, record_of_model, write_record
-from .report import GradientReport
-from .rollouts import require_repeatable
-from .start import start_adapter
-from .tracking import send_picture
+from .adapters.find import find_adapted_layers
+from .config import LoRAGAConfig, asked_for
+from .engines.support import require_supported
+from .gradients.probe_file import require_probe_folder
+from .gradients.rollouts import require_repeatable
+from .optimizers.engine_step import EngineStep, install_engine_step
+from .optimizers.weight_decay import keep_out_of_weight_decay, require_sound_optimizer
+from .saving.record import StartRecord, record_of_model, write_record
+from .saving.resume import check_checkpoints
+from .starts.head_warmup import warm_heads, warm_up_heads
+from .starts.prepare import prepare_adapter, require_config
+from .starts.report import GradientReport
+from .starts.start import start_adapter
+from .starts.tracking import send_picture
 
 
 if TYPE_CHECKING:
@@ -91,8 +87,8 @@ class LoRAGACallback(TrainerCallback):
             prepare_adapter(trainer.model, self.config, optimizer=trainer.optimizer)
         if record_of_model(trainer.model) is not None:
             if self.config.correction != "lora_pro_adamw":
-                _keep_out_of_weight_decay(trainer)
-            _check_checkpoints(trainer)
+                keep_out_of_weight_decay(trainer)
+            check_checkpoints(trainer)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -106,7 +102,7 @@ class LoRAGACallback(TrainerCallback):
             self._warm_model = weakref.ref(model)
             return
         record = self._require_prepared(model)
-        _require_sound_optimizer(trainer, model)
+        require_sound_optimizer(trainer, model)
         if state.global_step == 0 and not record.initialised:
             self._start(model)
         record.initialised = True
@@ -177,72 +173,3 @@ def _require_examples(dataset: Any) -> None:
             "The data set that the probe would read is empty (0 examples). Check the filters and the split that made "
             "it."
         )
-
-
-def _keep_out_of_weight_decay(trainer: Trainer) -> None:
-    """Make the trainer's own choice of decayed parameters leave anchored ones out, on this instance."""
-    choose = trainer.get_decay_parameter_names
-
-    def get_decay_parameter_names(model: Any) -> list[str]:
-        anchored = anchored_parameter_names(model)
-        return [name for name in choose(model) if name not in anchored]
-
-    trainer.get_decay_parameter_names = get_decay_parameter_names  # type: ignore[method-assign]
-
-
-def _check_checkpoints(trainer: Trainer) -> None:
-    """Make this trainer's `train` look at a checkpoint, and choose the newest, before anything of it is loaded."""
-    train = trainer.train
-
-    @functools.wraps(train)
-    def checked_train(resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        folder = resume_from_checkpoint
-        if folder:
-            require_resumable_engine(trainer)
-            folder = _require_newest(trainer) if folder is True else folder
-            require_complete(trainer, folder)
-            require_resumable(folder, trainer.accelerator.unwrap_model(trainer.model))
-        return train(folder, *args, **kwargs)
-
-    trainer.train = checked_train  # type: ignore[method-assign]
-
-
-def _require_newest(trainer: Trainer) -> str:
-    folder = newest_complete_checkpoint(trainer)
-    if folder is None:
-        raise ValueError(
-            f"No valid checkpoint found in output directory ({trainer.args.output_dir}): there is none that was "
-            "written to its end. Train without resume_from_checkpoint, or name another folder."
-        )
-    return folder
-
-
-def _require_sound_optimizer(trainer: Trainer, model: nn.Module) -> None:
-    """
-    Refuse an optimizer that would decay anchored parameters or does not hold them.
-
-    Raises:
-        `ValueError`: naming a parameter.
-    """
-    # LoRAProAdamW decays the net update s (B A - B0 A0), which leaves the halves tied and B0 alone.
-    net_decay = isinstance(bare_optimizer(trainer), LoRAProAdamW)
-    decay = {
-        id(parameter): options.get("weight_decay", 0.0)
-        for parameters, options in optimizer_groups(trainer)
-        for parameter in parameters
-    }
-    parameters = dict(model.named_parameters())
-    for name in sorted(anchored_parameter_names(model)):
-        if not parameters[name].requires_grad:  # of an adapter that is not trained
-            continue
-        if id(parameters[name]) not in decay:
-            raise ValueError(
-                f"{name}: the optimizer does not hold this trained parameter; it was made for another model, or "
-                "before the adapter was anchored. Let the Trainer make the optimizer (`optimizer_cls_and_kwargs`)."
-            )
-        if decay[id(parameters[name])] != 0.0 and not net_decay:
-            raise ValueError(
-                f"{name}: the optimizer applies weight_decay={decay[id(parameters[name])]} to an anchored parameter, "
-                "which would untie its halves. Let the Trainer make the optimizer (`optimizer_cls_and_kwargs`), or "
-                "put LoRA parameters into a group with weight_decay 0."
-            )

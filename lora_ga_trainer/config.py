@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .inits import INITS
+from .maths.inits import INITS
 
+
+if TYPE_CHECKING:
+    pass
 
 DIRECTIONS = ("ArB2r", "A2rBr", "ArBr", "random")
 SCALES = ("stable", "unit", "gd", "weight_svd")
@@ -72,8 +75,8 @@ class LoRAGAConfig:
     sketch_size: int | None = field(
         default=None,
         metadata={
-            "help": "Columns k of the sketch, at least 2r. Default: 8 times the largest rank; lora_ga_trainer.sketch "
-            "says what each size keeps."
+            "help": "Columns k of the sketch, at least 2r. Default: 8 times the largest rank; "
+            "lora_ga_trainer.gradients.sketch says what each size keeps."
         },
     )
     correction: str = field(
@@ -201,3 +204,13 @@ class LoRAGAConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values that JSON can hold."""
         return asdict(self)
+
+
+def asked_for(config: LoRAGAConfig) -> str | None:
+    """Name the setting that needs an optimizer other than the Trainer's, if there is one."""
+    if config.correction != "none":
+        return f"correction={config.correction!r}"
+    for name in ("loraplus_lr_ratio", "riemannian_reg"):
+        if getattr(config, name) is not None:
+            return f"{name}={getattr(config, name)}"
+    return None

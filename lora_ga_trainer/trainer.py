@@ -10,13 +10,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import Seq2SeqTrainer, Trainer
 
-from .anchor import anchored_parameter_names, counted_gradients
+from .adapters.storage import anchored_parameter_names, counted_gradients
 from .callback import LoRAGACallback
-from .config import LoRAGAConfig
-from .correction import asked_for, build_optimizer, require_correctable
-from .engines import holds_whole_gradients
-from .prepare import prepare_adapter, require_config
-from .report import GradientReport
+from .config import LoRAGAConfig, asked_for
+from .engines.support import holds_whole_gradients
+from .optimizers.build import build_optimizer, require_correctable
+from .starts.prepare import prepare_adapter, require_config
+from .starts.report import GradientReport
 
 
 if TYPE_CHECKING:

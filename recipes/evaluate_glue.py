@@ -27,7 +27,7 @@ from finetuning.filtering import word_for_value
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from lora_ga_trainer.json_file import read_json
+from lora_ga_trainer.saving.json_file import read_json
 
 
 @dataclass

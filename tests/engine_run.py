@@ -31,12 +31,12 @@ from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from transformers import LlamaForCausalLM, TrainerCallback, default_data_collator
 
 from lora_ga_trainer import LoRAGAConfig, LoRAGATrainer, LoRAProAdamW, LoRAProOptimizer
-from lora_ga_trainer.adapted_layer import AdaptedLayer
-from lora_ga_trainer.engines import is_sharded, read_parameter, write_parameters
-from lora_ga_trainer.layers import find_adapted_layers
-from lora_ga_trainer.prepare import prepare_adapter
-from lora_ga_trainer.record import record_of_model
-from lora_ga_trainer.start import start_values
+from lora_ga_trainer.adapters.anchor import start_values
+from lora_ga_trainer.adapters.find import find_adapted_layers
+from lora_ga_trainer.adapters.layer import AdaptedLayer
+from lora_ga_trainer.engines.parameters import is_sharded, read_parameter, write_parameters
+from lora_ga_trainer.saving.record import record_of_model
+from lora_ga_trainer.starts.prepare import prepare_adapter
 
 
 STEPS, SAVED, KILLED = 10, 5, 7

@@ -14,11 +14,11 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from lora_ga_trainer import LoRAGAConfig, load_adapter
-from lora_ga_trainer.adapted_layer import AdaptedLayer
-from lora_ga_trainer.anchor import AnchoredA, anchored_parameter_names, counted_gradients
-from lora_ga_trainer.layers import find_adapted_layers
-from lora_ga_trainer.prepare import prepare_adapter
-from lora_ga_trainer.record import record_of_model
+from lora_ga_trainer.adapters.find import find_adapted_layers
+from lora_ga_trainer.adapters.layer import AdaptedLayer
+from lora_ga_trainer.adapters.storage import AnchoredA, anchored_parameter_names, counted_gradients
+from lora_ga_trainer.saving.record import record_of_model
+from lora_ga_trainer.starts.prepare import prepare_adapter
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -282,7 +282,7 @@ def test_the_record_is_looked_for_where_the_adapter_is(tmp_path: Any, monkeypatc
     assert all(isinstance(layer.lora_A, AnchoredA) for layer in find_adapted_layers(again))
 
     asked = {}
-    monkeypatch.setattr("lora_ga_trainer.record.cached_file", lambda *_, **kwargs: asked.update(kwargs))
+    monkeypatch.setattr("lora_ga_trainer.saving.record.cached_file", lambda *_, **kwargs: asked.update(kwargs))
     load_adapter(tiny.llama(), tmp_path, subfolder="sub", revision="v2", token=None)
     assert {name: asked.get(name) for name in ("subfolder", "revision")} == {"subfolder": "sub", "revision": "v2"}
     assert "token" not in asked

@@ -16,11 +16,11 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from transformers import Trainer
 
 from lora_ga_trainer import LoRAGACallback, LoRAGAConfig, LoRAGATrainer, load_adapter
-from lora_ga_trainer.correction import require_correctable
-from lora_ga_trainer.engines import require_supported
-from lora_ga_trainer.layers import find_lora_layers
-from lora_ga_trainer.prepare import prepare_adapter
-from lora_ga_trainer.start import _require_whole_experts
+from lora_ga_trainer.adapters.find import find_lora_layers
+from lora_ga_trainer.engines.support import require_supported
+from lora_ga_trainer.optimizers.build import require_correctable
+from lora_ga_trainer.starts.prepare import prepare_adapter
+from lora_ga_trainer.starts.start import _require_whole_experts
 
 
 @pytest.fixture(params=["trainer", "callback"])

@@ -25,7 +25,7 @@ from finetuning.arguments import LoraArguments
 from finetuning.data import TaskData
 
 from lora_ga_trainer import LoRAGAConfig, LoRAGATrainer
-from lora_ga_trainer.layers import find_adapted_layers
+from lora_ga_trainer.adapters.find import find_adapted_layers
 
 
 LORA = LoraArguments(lora_r=4, lora_alpha=8)
@@ -338,10 +338,10 @@ def test_a_run_reports_its_evaluations_times_and_sizes(task):
 def test_rates_and_arms_of_one_seed_share_a_probe_and_get_the_same_start(task, monkeypatch):
     alone = run_arm(replace(task, folder=task.folder / "alone"), arm("lora_one"), RATE, seed=0, points=4)
     probes = []
-    import lora_ga_trainer.start as start
+    import lora_ga_trainer.gradients.probe_file as probe_file
 
-    estimate = start.estimate_gradients
-    monkeypatch.setattr(start, "estimate_gradients", lambda *args: probes.append(1) or estimate(*args))
+    estimate = probe_file.estimate_gradients
+    monkeypatch.setattr(probe_file, "estimate_gradients", lambda *args: probes.append(1) or estimate(*args))
     run_arm(task, arm("lora_ga"), RATE, seed=0, points=4)
     run_arm(task, arm("lora_ga"), 2 * RATE, seed=0, points=4)
     shared = run_arm(task, arm("lora_one"), RATE, seed=0, points=4)

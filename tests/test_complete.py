@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
 from lora_ga_trainer import LoRAGACallback, LoRAGAConfig, LoRAGATrainer
-from lora_ga_trainer.complete import _fault, newest_complete_checkpoint
+from lora_ga_trainer.saving.intact import _fault, newest_complete_checkpoint
 
 
 BINARY = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")
@@ -122,7 +122,7 @@ def test_the_newest_complete_one_is_resumed_with_a_warning(name: str, run: Path,
         begin, end = resumed(run)
     assert begin == 2
     assert same(end, whole[1])
-    said = [entry.getMessage() for entry in caplog.records if entry.name == "lora_ga_trainer.complete"]
+    said = [entry.getMessage() for entry in caplog.records if entry.name == "lora_ga_trainer.saving.intact"]
     assert len(said) == 1
     assert f"{run / 'checkpoint-3'} was cut short or damaged and is skipped" in said[0]
     assert name in said[0]
@@ -155,7 +155,7 @@ def test_a_whole_checkpoint_is_taken_without_a_word(run: Path, whole: Any, caplo
         begin, end = resumed(run)
     assert begin == 3
     assert same(end, whole[1])
-    assert not [entry for entry in caplog.records if entry.name == "lora_ga_trainer.complete"]
+    assert not [entry for entry in caplog.records if entry.name == "lora_ga_trainer.saving.intact"]
 
 
 def test_several_are_skipped_in_the_order_of_their_steps(run: Path, whole: Any, caplog: Any) -> None:

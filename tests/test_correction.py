@@ -23,8 +23,8 @@ from lora_ga_trainer import (
     LoRAProOptimizer,
     correct_gradients,
 )
-from lora_ga_trainer.anchor import anchored_parameter_names
-from lora_ga_trainer.layers import find_adapted_layers
+from lora_ga_trainer.adapters.find import find_adapted_layers
+from lora_ga_trainer.adapters.storage import anchored_parameter_names
 
 
 STARTS = ("lora_ga", "lora_one", "none")

@@ -24,18 +24,24 @@ from lora_ga_trainer import (
     export_adapter,
     load_adapter,
 )
-from lora_ga_trainer.adapted_layer import AdaptedExperts
-from lora_ga_trainer.anchor import AnchoredExpertsA, AnchoredExpertsB, counted_gradients
-from lora_ga_trainer.estimate import NonFiniteGradient
-from lora_ga_trainer.experts import join_A, join_B, split_A, split_B
-from lora_ga_trainer.layers import find_adapted_layers, is_trained
-from lora_ga_trainer.prepare import prepare_adapter
-from lora_ga_trainer.record import record_of_model
-from lora_ga_trainer.report import ZERO_GRADIENT
-from lora_ga_trainer.sketch import SketchedGradient
-from lora_ga_trainer.stacks import turn
-from lora_ga_trainer.start import start_adapter
-from lora_ga_trainer.tap import tapped_parameters
+from lora_ga_trainer.adapters.find import find_adapted_layers, is_trained
+from lora_ga_trainer.adapters.layer import AdaptedExperts
+from lora_ga_trainer.adapters.storage import (
+    AnchoredExpertsA,
+    AnchoredExpertsB,
+    counted_gradients,
+    join_A,
+    join_B,
+    split_A,
+    split_B,
+)
+from lora_ga_trainer.gradients.estimate import NonFiniteGradient
+from lora_ga_trainer.gradients.sketch import SketchedGradient, turn
+from lora_ga_trainer.gradients.tap import tapped_parameters
+from lora_ga_trainer.saving.record import record_of_model
+from lora_ga_trainer.starts.prepare import prepare_adapter
+from lora_ga_trainer.starts.report import ZERO_GRADIENT
+from lora_ga_trainer.starts.start import start_adapter
 
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]

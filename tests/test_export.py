@@ -10,8 +10,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from lora_ga_trainer import LoRAGAConfig, LoRAGATrainer, export_adapter
-from lora_ga_trainer.layers import find_lora_layers
-from lora_ga_trainer.record import FILE_NAME
+from lora_ga_trainer.adapters.find import find_lora_layers
+from lora_ga_trainer.saving.record import FILE_NAME
 
 
 def trained(base, **changes):

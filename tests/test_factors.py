@@ -19,7 +19,7 @@ from reference import (
     projection_B,
 )
 
-from lora_ga_trainer.factors import fix_signs, lora_ga_factors, lora_ga_scale, lora_one_factors
+from lora_ga_trainer.maths.factors import fix_signs, lora_ga_factors, lora_ga_scale, lora_one_factors
 
 
 # name: (out, in, r, rank of G or None for full)

@@ -7,8 +7,8 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from lora_ga_trainer import LoRAGACallback, LoRAGAConfig, LoRAGATrainer
-from lora_ga_trainer.head_warmup import warm_up_heads
-from lora_ga_trainer.layers import saved_modules
+from lora_ga_trainer.adapters.find import saved_modules
+from lora_ga_trainer.starts.head_warmup import warm_up_heads
 
 
 ROWS = 16

@@ -7,8 +7,8 @@ import tiny
 import torch
 
 from lora_ga_trainer import LoRAGAConfig, LoRAGATrainer
-from lora_ga_trainer.inits import INITS, Init
-from lora_ga_trainer.layers import find_adapted_layers
+from lora_ga_trainer.adapters.find import find_adapted_layers
+from lora_ga_trainer.maths.inits import INITS, Init
 
 
 ARGUMENTS = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}

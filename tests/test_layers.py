@@ -8,7 +8,7 @@ import torch
 from peft import IA3Config, LoraConfig, get_peft_model
 from torch import nn
 
-from lora_ga_trainer.layers import (
+from lora_ga_trainer.adapters.find import (
     active_adapter,
     find_adapted_layers,
     find_lora_layers,

@@ -16,7 +16,7 @@ from test_lora_pro_wrapper import MODELS, anchored, backward, batch, llama, rows
 from torch import nn
 
 from lora_ga_trainer import LoRAProAdamW, LoRAProOptimizer, lora_pro_adamw
-from lora_ga_trainer.layers import find_adapted_layers
+from lora_ga_trainer.adapters.find import find_adapted_layers
 
 
 class One(nn.Module):

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from lora_ga_trainer import LoRAGAConfig, LoRAProOptimizer, correct_gradients
-from lora_ga_trainer.anchor import is_anchored
-from lora_ga_trainer.layers import find_adapted_layers
-from lora_ga_trainer.prepare import prepare_adapter
+from lora_ga_trainer.adapters.find import find_adapted_layers
+from lora_ga_trainer.adapters.layer import is_anchored
+from lora_ga_trainer.starts.prepare import prepare_adapter
 
 
 def trainable(model):

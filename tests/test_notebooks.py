@@ -96,7 +96,7 @@ def test_it_runs(path: Path, isolated: Path) -> None:
     ids=["warnings", "logging"],
 )
 def test_a_warning_of_the_package_stops_a_notebook(warn: str, isolated: Path) -> None:
-    in_package = f"exec({warn!r}, {{'__name__': 'lora_ga_trainer.sketch'}})"
+    in_package = f"exec({warn!r}, {{'__name__': 'lora_ga_trainer.gradients.sketch'}})"
     notebook = {"metadata": {}, "nbformat": 4, "nbformat_minor": 5}
     execute([code(in_package)], notebook, isolated)
     with pytest.raises(require("nbclient.exceptions").CellExecutionError, match="look out"):

@@ -17,9 +17,9 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
 
 from lora_ga_trainer import LoRAGAConfig, estimate_gradients
-from lora_ga_trainer.borrow import preserved_rng
-from lora_ga_trainer.estimate import NonFiniteGradient
-from lora_ga_trainer.layers import find_adapted_layers
+from lora_ga_trainer.adapters.find import find_adapted_layers
+from lora_ga_trainer.engines.devices import preserved_rng
+from lora_ga_trainer.gradients.estimate import NonFiniteGradient
 
 
 def exact(**changes: Any) -> LoRAGAConfig:
@@ -268,7 +268,7 @@ def test_fp16_scales_the_loss_so_that_small_gradients_survive(tmp_path: Any, mon
     true = reference.whole_sample_gradient(plain, list(found), lambda: 1e-5 * causal_loss(plain, rows))
     # Forward and backward in fp16 round by 2^-11 at each of some tens of operations.
     assert_equal_gradients(found, true, rtol=0.02)
-    monkeypatch.setattr("lora_ga_trainer.probe.FP16_LOSS_SCALES", (1.0,))
+    monkeypatch.setattr("lora_ga_trainer.gradients.probe.FP16_LOSS_SCALES", (1.0,))
     unscaled = probe(trainer, exact(num_samples=8))
     name = "model.layers.0.self_attn.q_proj"
     assert (unscaled[name] - true[name]).norm() > 0.2 * true[name].norm()
@@ -500,10 +500,10 @@ def test_a_batch_of_ignored_labels_weighs_nothing(tmp_path: Any) -> None:
 
 
 def test_no_test_matrix_outlives_the_probe(tmp_path: Any) -> None:
-    from lora_ga_trainer import sketch
+    from lora_ga_trainer.gradients import accumulator as sketch
 
     trainer = in_order(tiny.causal_rows(8), tmp_path, tiny.with_lora(tiny.llama(), r=1))
     estimate = estimate_gradients(trainer, LoRAGAConfig(num_samples=8, sketch_size=2))
     assert any(estimator.sketched for estimator in estimate.estimators.values())
     assert sketch.gaussian.cache_info().currsize == 0
-    assert sketch._cast.cache_info().currsize == 0
+    assert sketch.cast.cache_info().currsize == 0

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from lora_ga_trainer import LoRAGAConfig, LoRAGATrainer
-from lora_ga_trainer.report import UNREACHED
+from lora_ga_trainer.starts.report import UNREACHED
 
 
 CAUSAL = {"target_modules": ["q_proj", "down_proj"], "r": 2, "lora_alpha": 4}

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, QuantoConfig, TorchAoConfig, Trainer
 
 from lora_ga_trainer import LoRAGAConfig, LoRAGATrainer, load_adapter
-from lora_ga_trainer.fingerprint import fingerprint_base
-from lora_ga_trainer.layers import find_adapted_layers
-from lora_ga_trainer.probe import FP16_LOSS_SCALES
-from lora_ga_trainer.record import read_record
+from lora_ga_trainer.adapters.find import find_adapted_layers
+from lora_ga_trainer.gradients.probe import FP16_LOSS_SCALES
+from lora_ga_trainer.saving.fingerprint import fingerprint_base
+from lora_ga_trainer.saving.record import read_record
 
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "lora_dropout": 0.1}
@@ -188,7 +188,7 @@ def test_the_loss_scale_of_a_layer_with_hidden_dtype_changes_no_bit(
     """Integer codes may hide fp16, so they are probed with a loss scale; here they hide fp32 or bf16."""
     rows, found = tiny.causal_rows(9), []
     for scales in (FP16_LOSS_SCALES, (1.0,)):
-        monkeypatch.setattr("lora_ga_trainer.probe.FP16_LOSS_SCALES", scales)
+        monkeypatch.setattr("lora_ga_trainer.gradients.probe.FP16_LOSS_SCALES", scales)
         model = tiny.with_lora(quantised(folder, BASES[kind]()))
         found.append(probe(in_order(rows, tmp_path, model), exact()))
     assert_bitwise(*found)

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import DataCollatorForSeq2Seq, Trainer
 
 from lora_ga_trainer import LoRAGAConfig, estimate_gradients
-from lora_ga_trainer.layers import find_adapted_layers
+from lora_ga_trainer.adapters.find import find_adapted_layers
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))

@@ -15,11 +15,9 @@ from peft import LoraConfig
 from PIL import Image
 
 from lora_ga_trainer import LoRAGAConfig, LoRAGATrainer, load_adapter
-from lora_ga_trainer.checkpoint import require_resumable
-from lora_ga_trainer.fingerprint import fingerprint_base, fingerprint_dataset, fingerprint_heads
-from lora_ga_trainer.layers import find_adapted_layers
-from lora_ga_trainer.prepare import prepare_adapter
-from lora_ga_trainer.record import (
+from lora_ga_trainer.adapters.find import find_adapted_layers
+from lora_ga_trainer.saving.fingerprint import fingerprint_base, fingerprint_dataset, fingerprint_heads
+from lora_ga_trainer.saving.record import (
     FILE_NAME,
     RecordedLoraConfig,
     StartRecord,
@@ -29,6 +27,8 @@ from lora_ga_trainer.record import (
     record_of_model,
     write_record,
 )
+from lora_ga_trainer.saving.resume import require_resumable
+from lora_ga_trainer.starts.prepare import prepare_adapter
 
 
 RECORD = StartRecord(init="lora_ga", rank=4, anchored=True, base="0" * 32, initialised=True)

@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from lora_ga_trainer import LoRAGAConfig, LoRAGATrainer
+from lora_ga_trainer.adapters.find import find_adapted_layers
 from lora_ga_trainer.callback import REPORT_NAME
-from lora_ga_trainer.layers import find_adapted_layers
-from lora_ga_trainer.report import INITIALISED, UNREACHED, GradientReport, LayerReport
+from lora_ga_trainer.starts.report import INITIALISED, UNREACHED, GradientReport, LayerReport
 
 
 def layer(name, action=INITIALISED, share=0.5, kept=1.0):

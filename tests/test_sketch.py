@@ -10,17 +10,18 @@ import torch
 from torch import Tensor
 
 from lora_ga_trainer import LoRAGAConfig, sketch, stacks
-from lora_ga_trainer.recovery import TopSVD, merge, recover
-from lora_ga_trainer.sketch import (
-    ExactGradient,
+from lora_ga_trainer.gradients.accumulator import ExactGradient
+from lora_ga_trainer.gradients.restore import restore_estimator
+from lora_ga_trainer.gradients.sketch import (
     SketchedGradient,
     is_sketched,
     make_estimators,
     sketch_columns,
+    top_svds,
+    turn,
     turning_points,
 )
-from lora_ga_trainer.sketch_state import restore_estimator
-from lora_ga_trainer.stacks import top_svds, turn
+from lora_ga_trainer.maths.recovery import TopSVD, merge, recover
 
 
 CPU = torch.device("cpu")

@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 from lora_ga_trainer import LoRAGAConfig, LoRAGATrainer
-from lora_ga_trainer.tracking import PICTURE_NAME, send_picture
+from lora_ga_trainer.starts.tracking import PICTURE_NAME, send_picture
 
 
 FIGURES = {"samples": 6, "layers_initialised": 4, "layers_plain": 0}
@@ -152,7 +152,7 @@ def test_a_tracker_that_fails_is_a_warning(tmp_path: Path, caplog: pytest.LogCap
     with caplog.at_level(logging.WARNING, logger="lora_ga_trainer"):
         trainer.train()
     assert trainer.state.global_step == 2
-    (record,) = (record for record in caplog.records if record.name == "lora_ga_trainer.tracking")
+    (record,) = (record for record in caplog.records if record.name == "lora_ga_trainer.starts.tracking")
     assert "TensorBoardCallback did not take the picture (OSError('disk full')). Training goes on." in record.message
     assert sound.pictures == [PICTURE_NAME], "one that fails does not keep it from the others"
     assert "train/lora_ga/samples" in broken.scalars

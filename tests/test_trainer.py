@@ -28,10 +28,10 @@ from transformers import (
 )
 
 from lora_ga_trainer import LoRAGACallback, LoRAGAConfig, LoRAGAMixin, LoRAGATrainer, Seq2SeqLoRAGATrainer
-from lora_ga_trainer.anchor import anchored_parameter_names
-from lora_ga_trainer.layers import find_adapted_layers
-from lora_ga_trainer.prepare import prepare_adapter
-from lora_ga_trainer.record import read_record, record_of_model
+from lora_ga_trainer.adapters.find import find_adapted_layers
+from lora_ga_trainer.adapters.storage import anchored_parameter_names
+from lora_ga_trainer.saving.record import read_record, record_of_model
+from lora_ga_trainer.starts.prepare import prepare_adapter
 
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "lora_dropout": 0.1}

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, Trainer, TrainerCallback
 
 from lora_ga_trainer import LoRAGACallback, LoRAGAConfig, LoRAGAMixin, estimate_gradients, load_adapter
-from lora_ga_trainer.layers import find_adapted_layers
+from lora_ga_trainer.adapters.find import find_adapted_layers
 
 
 LORA = {"lora_dropout": 0.1}

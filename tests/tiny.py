@@ -25,7 +25,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from lora_ga_trainer.start import start_values
+from lora_ga_trainer.adapters.anchor import start_values
 
 
 VOCABULARY = 97

@@ -11,7 +11,7 @@ from finetuning.package_paths import resolve_reference
 from finetuning.reading import read_local
 from tqdm import tqdm
 
-from lora_ga_trainer.json_file import parse_json, short
+from lora_ga_trainer.saving.json_file import parse_json, short
 
 
 HUB = "hub"  # what stands for a file: the data set of that name on the hub

@@ -13,7 +13,7 @@ from finetuning.models import TASK_TYPES, load_model, load_tokenizer
 from peft import PeftModel
 from transformers import GenerationConfig, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
 
-from lora_ga_trainer.json_file import read_json
+from lora_ga_trainer.saving.json_file import read_json
 
 
 # Stanford Alpaca's prompt for an instruction without input, which the papers' code trains on.

@@ -4,9 +4,9 @@ Measure what an anchored adapter costs in training, beside plain LoRA of the sam
     python recipes/benchmarks/anchored.py --model llama2048 --output anchored.json
     python recipes/benchmarks/anchored.py --quick                                    # tiny, seconds: shows it works
 
-An anchored adapter of rank r is stored with rank 2r (`lora_ga_trainer.anchor`), half of one factor frozen. Two copies
-of one base take training steps with AdamW in turn, the one that is first changing every round; a ratio is that of two
-steps of one round. Two processes measure the peak memory of a step each. A GPU is used where there is one.
+An anchored adapter of rank r is stored with rank 2r (`lora_ga_trainer.adapters.anchor`), half of one factor frozen.
+Two copies of one base take training steps with AdamW in turn, the one that is first changing every round; a ratio is
+that of two steps of one round. Two processes measure the peak memory of a step each. A GPU is used where there is one.
 """
 
 import argparse
@@ -28,9 +28,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from lora_ga_trainer import LoRAGAConfig
-from lora_ga_trainer.layers import find_adapted_layers
-from lora_ga_trainer.prepare import prepare_adapter
-from lora_ga_trainer.start import start_values
+from lora_ga_trainer.adapters.anchor import start_values
+from lora_ga_trainer.adapters.find import find_adapted_layers
+from lora_ga_trainer.starts.prepare import prepare_adapter
 
 
 KINDS = ("plain", "anchored")

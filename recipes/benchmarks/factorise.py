@@ -25,8 +25,8 @@ from cost_models import clock
 from torch import Tensor
 
 from lora_ga_trainer import LoRAGAConfig
-from lora_ga_trainer.sketch import Estimator, make_estimators
-from lora_ga_trainer.stacks import top_svds, turn
+from lora_ga_trainer.gradients.accumulator import Estimator
+from lora_ga_trainer.gradients.sketch import make_estimators, top_svds, turn
 
 
 # (out, in): SmolLM2-135M's MLP, an expert of Qwen3-MoE, a Llama of hidden size 2048, Llama-2-7B.

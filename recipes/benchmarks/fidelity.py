@@ -33,9 +33,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lora_ga_trainer import LoRAGAConfig
-from lora_ga_trainer.sketch import SketchedGradient, make_estimators, turning_points
-from lora_ga_trainer.stacks import turn
-from lora_ga_trainer.tap import tapped
+from lora_ga_trainer.gradients.sketch import SketchedGradient, make_estimators, turn, turning_points
+from lora_ga_trainer.gradients.tap import tapped
 
 
 COUNTS = (8, 16, 32, 64, 128, 256)

@@ -21,8 +21,8 @@ from comparison.arms import Arm
 from comparison.environment import environment
 from comparison.memory import PeakMemory
 from comparison.starts import Samples
-from lora_ga_trainer.anchor import anchored_parameter_names
-from lora_ga_trainer.complete import newest_complete_checkpoint
+from lora_ga_trainer.adapters.storage import anchored_parameter_names
+from lora_ga_trainer.saving.intact import newest_complete_checkpoint
 
 
 # What the Trainer says about its own speed, which is measured here without evaluations.

@@ -14,10 +14,10 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from lora_ga_trainer.engines import write_parameters
-from lora_ga_trainer.layers import find_adapted_layers
-from lora_ga_trainer.report import PLAIN
-from lora_ga_trainer.start import start_values
+from lora_ga_trainer.adapters.anchor import start_values
+from lora_ga_trainer.adapters.find import find_adapted_layers
+from lora_ga_trainer.engines.parameters import write_parameters
+from lora_ga_trainer.starts.report import PLAIN
 
 
 @dataclass(frozen=True)

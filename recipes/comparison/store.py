@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from comparison.run import Result
-from lora_ga_trainer.json_file import is_number, read_json, short
+from lora_ga_trainer.saving.json_file import is_number, read_json, short
 
 
 class Store:

@@ -9,7 +9,7 @@ from typing import Any
 import pandas
 from datasets import ClassLabel, Dataset, load_dataset
 
-from lora_ga_trainer.json_file import short
+from lora_ga_trainer.saving.json_file import short
 
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from lora_ga_trainer.json_file import short
+from lora_ga_trainer.saving.json_file import short
 
 
 _MAX_BYTES = 1 << 18

@@ -36,7 +36,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainerState
 
-import lora_ga_trainer.start
+import lora_ga_trainer.starts.start
 from lora_ga_trainer import LoRAGAConfig, LoRAGATrainer
 
 
@@ -173,8 +173,8 @@ def install(watch: Watch) -> None:
     adapter_config = lambda _, folder, **kwargs: Path(folder) / "adapter_config.json"
     torch.nn.modules.module.register_module_forward_hook(forward)
     for owner, name, around in (
-        (lora_ga_trainer.start, "_estimate", probe),
-        (lora_ga_trainer.start, "write_parameters", write_one_by_one),
+        (lora_ga_trainer.starts.start, "load_or_estimate", probe),
+        (lora_ga_trainer.starts.start, "write_parameters", write_one_by_one),
         (Trainer, "_save_checkpoint", save_checkpoint),
         (peft.peft_model, "safe_save_file", functools.partial(cut, second)),
         (peft.config.PeftConfigMixin, "save_pretrained", functools.partial(cut, adapter_config)),

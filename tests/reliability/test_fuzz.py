@@ -28,8 +28,8 @@ from finetuning.arguments import DataArguments, LoraArguments, ModelArguments, m
 from finetuning.yaml_defaults import replace_defaults
 
 from lora_ga_trainer import LoRAGAConfig
-from lora_ga_trainer.inits import INITS
-from lora_ga_trainer.record import FILE_NAME, StartRecord, read_record, write_record
+from lora_ga_trainer.maths.inits import INITS
+from lora_ga_trainer.saving.record import FILE_NAME, StartRecord, read_record, write_record
 
 
 def counts(number: int) -> pytest.MarkDecorator:

@@ -18,12 +18,12 @@ from peft import PeftModel
 from torch import Tensor
 
 from lora_ga_trainer import LoRAGAConfig
-from lora_ga_trainer.adapted_layer import AdaptedLayer
-from lora_ga_trainer.estimate import GradientEstimate
-from lora_ga_trainer.layers import find_adapted_layers
-from lora_ga_trainer.probe_file import load_estimate, save_estimate
-from lora_ga_trainer.sketch import ExactGradient, SketchedGradient
-from lora_ga_trainer.stacks import turn
+from lora_ga_trainer.adapters.find import find_adapted_layers
+from lora_ga_trainer.adapters.layer import AdaptedLayer
+from lora_ga_trainer.gradients.accumulator import ExactGradient
+from lora_ga_trainer.gradients.estimate import GradientEstimate
+from lora_ga_trainer.gradients.probe_file import load_estimate, save_estimate
+from lora_ga_trainer.gradients.sketch import SketchedGradient, turn
 
 
 ROWS = tiny.causal_rows(2)

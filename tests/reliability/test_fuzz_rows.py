@@ -32,7 +32,7 @@ from finetuning.reading import read_local
 from finetuning.yaml_defaults import replace_defaults
 from test_fuzz_probe import Probe
 
-from lora_ga_trainer.record import read_record
+from lora_ga_trainer.saving.record import read_record
 
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -20,9 +20,10 @@ from test_sketch import run
 from torch import Tensor
 
 from lora_ga_trainer import LoRAGAConfig
-from lora_ga_trainer.factors import lora_ga_scale
-from lora_ga_trainer.inits import INITS, Place
-from lora_ga_trainer.sketch import ExactGradient, SketchedGradient, make_estimators
+from lora_ga_trainer.gradients.accumulator import ExactGradient
+from lora_ga_trainer.gradients.sketch import SketchedGradient, make_estimators
+from lora_ga_trainer.maths.factors import lora_ga_scale
+from lora_ga_trainer.maths.inits import INITS, Place
 
 
 U = 2.0**-24

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from lora_ga_trainer import LoRAGAConfig, LoRAGATrainer
-from lora_ga_trainer.layers import find_adapted_layers
+from lora_ga_trainer.adapters.find import find_adapted_layers
 
 
 # What `Trainer.train` itself leaves of a training that fails: its data loader.

@@ -19,7 +19,7 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 
 from lora_ga_trainer import LoRAGAConfig, LoRAGATrainer, load_adapter
-from lora_ga_trainer.fingerprint import fingerprint_base
+from lora_ga_trainer.saving.fingerprint import fingerprint_base
 
 
 TARGETS = ["q_proj", "down_proj"]

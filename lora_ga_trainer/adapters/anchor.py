@@ -1,0 +1,119 @@
+"""
+Anchored adapters: a LoRA-GA start that never touches the base.
+
+LoRA-GA trains `(B, A)` from `(B0, A0)` on the base `W - s B0 A0`. The net change of `W` is `s (B A - B0 A0)`; it is
+kept here as an ordinary LoRA adapter of rank 2r in *delta form*
+
+    lora_A.weight = [A; A - A0]  (2r, in)      lora_B.weight = [B - B0, B0]  (out, 2r)
+
+whose plain product is `(B - B0) A + B0 (A - A0) = B A - B0 A0`: exactly zero at the start, `[A0; 0]` and `[0, B0]`,
+and free of cancellation later. The halves of `lora_A` are *tied*: both receive the gradient of `A`, the sum of their
+own, so that an elementwise optimizer moves them in lockstep. The `B0` half of `lora_B` receives none.
+
+Fused experts store one such pair an expert, in the layout of `lora_ga_trainer.adapters.storage`: the rows
+`[A; A - A0]` of one expert lie together, the columns of all `B - B0` come before those of all `B0`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from .find import active_adapter
+from .layer import AdaptedLayer, is_anchored
+from .storage import AnchoredA, AnchoredB, AnchoredExpertsA, AnchoredExpertsB, join_A, join_B, split_A
+
+
+if TYPE_CHECKING:
+    pass
+
+
+def expand_adapter(model: PeftModel, layers: list[AdaptedLayer]) -> None:
+    """
+    Replace the rank-r factors of untrained `layers` by anchored ones of stored rank 2r, at the start `[A; 0]`, `0`.
+
+    `lora_alpha` is doubled (times `sqrt(2)` with rsLoRA) in the layers and in the adapter's config, patterns included,
+    so that `s` stays what it was and stock PEFT rebuilds the same layers from the saved config. The parameters are
+    new: this must happen before an optimizer is made.
+    """
+    config = model.peft_config[active_adapter(model)]
+    grow_alpha = math.sqrt(2.0) if config.use_rslora else 2
+    for layer in layers:
+        _expand_layer(layer, grow_alpha)
+    config.r *= 2
+    config.lora_alpha *= grow_alpha
+    config.rank_pattern = {key: 2 * rank for key, rank in config.rank_pattern.items()}
+    config.alpha_pattern = {key: grow_alpha * alpha for key, alpha in config.alpha_pattern.items()}
+
+
+@torch.no_grad()
+def _expand_layer(layer: AdaptedLayer, grow_alpha: float) -> None:
+    A, B = split_A(layer.stored_A, layer.experts), layer.stored_B
+    wide_A = join_A(torch.cat([A, torch.zeros_like(A)], dim=1))
+    wide_B = torch.cat([torch.zeros_like(B)] * 2, dim=1)
+    _anchor(
+        layer,
+        nn.Parameter(wide_A, requires_grad=layer.stored_A.requires_grad),
+        nn.Parameter(wide_B, requires_grad=layer.stored_B.requires_grad),
+    )
+    module, name = layer.module, layer.adapter
+    module.r[name] *= 2
+    module.lora_alpha[name] *= grow_alpha
+    # What PEFT computes when it rebuilds the layer: with rsLoRA it may differ from s in the last bit.
+    rank = module.r[name]
+    module.scaling[name] = module.lora_alpha[name] / (math.sqrt(rank) if module.use_rslora[name] else rank)
+
+
+def tie_adapter(layers: list[AdaptedLayer]) -> None:
+    """Make loaded factors in delta form behave as such: halves tied, `B0` frozen. The parameters stay the same."""
+    for layer in layers:
+        _anchor(layer, layer.stored_A, layer.stored_B)
+
+
+def _anchor(
+    layer: AdaptedLayer,
+    A: nn.Parameter,  # (E * 2r, in)
+    B: nn.Parameter,  # (out, 2r * E)
+) -> None:
+    """Put anchored modules around factors in delta form, keeping the bias of `lora_B`."""
+    bare = layer.parameter_name is not None
+    lora_A = _build(AnchoredExpertsA if bare else AnchoredA, A, None)
+    lora_A.experts = layer.experts
+    layer.module.lora_B[layer.adapter] = _build(AnchoredExpertsB if bare else AnchoredB, B, layer.lora_B.bias)
+    layer.module.lora_A[layer.adapter] = lora_A
+
+
+def _build(kind: type[nn.Linear], weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.__class__ = kind  # not kind(...): while nn.Linear is being made there is no weight to read
+    linear.weight = weight
+    if bias is not None:
+        linear.bias = bias
+    return linear
+
+
+@torch.no_grad()
+def start_values(
+    layer: AdaptedLayer,
+    B0: Tensor,  # (E, out, r), or (out, r)
+    A0: Tensor,  # (E, r, in), or (r, in)
+) -> list[tuple[nn.Parameter, Tensor]]:
+    """
+    Return what to write into which parameters: `[A0; 0]`, `[0, B0]` in an anchored layer, `A0`, `B0` in a plain one.
+
+    A plain start moves the weight, so DoRA's magnitude becomes `||W + s B0 A0||` of each row.
+    """
+    device = layer.stored_A.device
+    B0, A0 = (factor.to(device) if factor.dim() == 3 else factor[None].to(device) for factor in (B0, A0))
+    if is_anchored(layer):
+        A = join_A(torch.cat([A0, torch.zeros_like(A0)], dim=1))
+        B = join_B(torch.cat([torch.zeros_like(B0), B0], dim=2))
+        return [(layer.stored_A, A), (layer.stored_B, B)]
+    values = [(layer.stored_A, join_A(A0)), (layer.stored_B, join_B(B0))]
+    if layer.uses_dora:
+        values.append((layer.dora_parameter, layer.dora_magnitude(layer.s * (B0[0] @ A0[0]))))
+    return values

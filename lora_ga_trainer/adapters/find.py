@@ -1,0 +1,171 @@
+"""Which layers of a model carry LoRA. With `adapted_layer` all that knows PEFT's insides."""
+
+from __future__ import annotations
+
+import torch
+from peft import LoraConfig, PeftModel, PeftType
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..engines.devices import wide
+from ..engines.parameters import plain_name
+from .layer import AdaptedExperts, AdaptedLayer
+from .storage import split_A, split_B
+
+
+def require_peft_model(model: nn.Module) -> PeftModel:
+    """
+    Return `model` if it carries a LoRA adapter of PEFT.
+
+    Raises:
+        `ValueError`: if it is not a `PeftModel` or its active adapter is of another type.
+    """
+    if not isinstance(model, PeftModel):
+        raise ValueError(
+            f"The model is a {type(model).__name__} without a PEFT adapter. Pass `peft_config=LoraConfig(...)` to the "
+            "trainer, or wrap the model with `peft.get_peft_model` first."
+        )
+    adapter = active_adapter(model)
+    config = model.peft_config[adapter]
+    if not isinstance(config, LoraConfig) or config.peft_type is not PeftType.LORA:
+        raise ValueError(
+            f"Adapter {adapter!r} is of type {config.peft_type}, not LoRA. A gradient-aligned start is defined for "
+            "`peft.LoraConfig`; use `LoRAGAConfig(init='none')` or transformers.Trainer for other adapters."
+        )
+    return model
+
+
+def active_adapter(model: PeftModel) -> str:
+    """Return the name of the one adapter that is active and would be trained."""
+    names = list(model.active_adapters)
+    if len(names) != 1:
+        raise ValueError(f"Adapters {names} are active at once. Choose one with `model.set_adapter(name)`.")
+    return names[0]
+
+
+def find_adapted_layers(model: PeftModel) -> list[AdaptedLayer]:
+    """
+    List the layers of the active adapter that are trained, in the model's order.
+
+    A module that is shared by several names is listed once.
+
+    Raises:
+        `ValueError`: if a layer is of a type whose gradient can't be read from its input and output, if the adapter is
+            merged into the base, or if no layer is trainable.
+    """
+    every = find_lora_layers(model)
+    layers = [layer for layer in every if layer.stored_A.requires_grad or layer.stored_B.requires_grad]
+    if not layers:
+        raise ValueError(
+            f"Adapter {active_adapter(model)!r} has no trainable LoRA layer ({len(every)} frozen). Load it with "
+            "`is_trainable=True`, name layers of this model in `target_modules`, or, where something froze it after "
+            "wrapping (`prepare_model_for_kbit_training` belongs before), call `model.set_adapter(name)`."
+        )
+    for layer in layers:
+        if layer.module.merged:
+            raise ValueError(
+                f"Layer {layer.name}: the adapter is merged into the base weight. Call `model.unmerge_adapter()` "
+                "first."
+            )
+    return layers
+
+
+def find_lora_layers(model: PeftModel) -> list[AdaptedLayer]:
+    """
+    List the layers of the active adapter, trained or not, in the model's order.
+
+    Raises:
+        `ValueError`: if a layer is neither a linear one nor a bare parameter.
+    """
+    adapter = active_adapter(model)
+    layers: list[AdaptedLayer] = []
+    for name, module in model.get_base_model().named_modules():
+        if not isinstance(module, BaseTunerLayer) or not _carries(module, adapter):
+            continue
+        name = plain_name(name)
+        if isinstance(module, ParamWrapper):
+            # Wrappers of one module are nested; the name is that of the parameter in the base model.
+            owner = name.replace(".base_layer", "")
+            layers.append(AdaptedExperts(f"{owner}.{module.parameter_name}", module, adapter))
+        else:
+            _require_linear(name, module, adapter)
+            layers.append(AdaptedLayer(name, module, adapter))
+    return layers
+
+
+def _carries(module: BaseTunerLayer, adapter: str) -> bool:
+    return any(adapter in getattr(module, group, ()) for group in ("lora_A", "lora_embedding_A"))
+
+
+def _require_linear(name: str, module: BaseTunerLayer, adapter: str) -> None:
+    base = module.get_base_layer()
+    linear = isinstance(base, (nn.Linear, Conv1D)) and adapter in module.lora_A
+    if not linear or not isinstance(module.lora_A[adapter], nn.Linear):
+        raise ValueError(
+            f"Layer {name}: {type(module).__name__} adapts a {type(base).__name__}, whose weight gradient can't be "
+            "read from its input and output. Linear layers (`nn.Linear` and the quantised layers derived from it) and "
+            "Conv1D layers can; leave the others out of `target_modules`, or load the base in another format."
+        )
+
+
+def saved_modules(model: PeftModel) -> list[nn.Module]:
+    """List the trainable copies that `modules_to_save` made for the active adapter (a classification head, say)."""
+    adapter = active_adapter(model)
+    wrappers = (module for module in model.modules() if isinstance(module, ModulesToSaveWrapper))
+    return [wrapper.modules_to_save[adapter] for wrapper in wrappers if adapter in wrapper.modules_to_save]
+
+
+@torch.no_grad()
+def is_trained(layer: AdaptedLayer) -> bool:
+    """Tell whether the layer's adapter already moves the output: `B A != 0`, not merely `B != 0`."""
+    if layer.lora_B.bias is not None and layer.lora_B.bias.any():
+        return True
+    A = split_A(wide(layer.stored_A), layer.experts)  # (E, r, in)
+    B = split_B(wide(layer.stored_B), layer.experts)  # (E, out, r)
+    # A random vector in the null space of a nonzero B A has probability zero, and B (A v) needs no (out, in) buffer.
+    v = torch.randn(A.shape[-1], 1, generator=torch.Generator().manual_seed(0), dtype=A.dtype).to(A.device)
+    return bool((B @ (A @ v)).any())
+
+
+def find_lora_pairs(model: nn.Module) -> tuple[list[AdaptedLayer], dict[str, nn.Parameter]]:
+    """
+    Find the factors of every adapter of a model, wrapped or not, active or not.
+
+    Returns:
+        The linear layers `A (r, in)`, `B (out, r)`, one entry a layer and adapter, and by name the LoRA parameters
+        that are in no such pair: those of embeddings, convolutions and fused experts.
+    """
+    pairs, paired = [], set()
+    others: dict[str, nn.Parameter] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        for adapter in module.r:
+            pair = AdaptedLayer(name, module, adapter)
+            if _is_linear_pair(pair):
+                pairs.append(pair)
+                paired |= {id(pair.lora_A.weight), id(pair.lora_B.weight)}
+        for group in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"):
+            for key, parameter in getattr(module, group).named_parameters():
+                if not key.endswith(".bias"):
+                    others[f"{name}.{group}.{key}"] = parameter
+    return pairs, {name: parameter for name, parameter in others.items() if id(parameter) not in paired}
+
+
+def _is_linear_pair(pair: AdaptedLayer) -> bool:
+    if pair.adapter not in pair.module.lora_A:
+        return False
+    A, B, r = pair.lora_A, pair.lora_B, pair.rank
+    out_features, in_features = pair.shape
+    # A single bare parameter has the shapes of a linear layer, and counts as one unless it is anchored: then
+    # `lora_A.weight` is not the parameter.
+    if isinstance(pair.module, ParamWrapper) and type(A) is not nn.Linear:
+        return False
+    if not isinstance(A, nn.Linear) or not isinstance(B, nn.Linear):
+        return False
+    # Fused experts keep (experts * r, in) in an nn.Linear. A sharded weight does not show its shape.
+    return (A.out_features, A.in_features, B.out_features, B.in_features) == (r, in_features, out_features, r)

@@ -1,0 +1,189 @@
+"""One layer that carries LoRA: its shapes, scale, factors and weight. With `layers` all that knows PEFT's insides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformers.pytorch_utils import Conv1D
+
+from ..engines.parameters import read_parameter
+from .storage import AnchoredA
+
+
+@dataclass(frozen=True)
+class AdaptedLayer:
+    """One linear layer of the base model with the LoRA factors that PEFT put around it."""
+
+    name: str  # inside the base model, as `base_model.named_modules()` spells it
+    module: LoraLayer
+    adapter: str
+
+    @property
+    def base(self) -> nn.Module:
+        """The frozen layer: maps `x (..., in)` to `y (..., out)`."""
+        return self.module.get_base_layer()
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight as it is stored."""
+        return self.base.weight
+
+    @property
+    def parameter_name(self) -> str | None:
+        """What `target_parameters` calls the weight inside `base`; `None` for a layer of `target_modules`."""
+        return None
+
+    @property
+    def experts(self) -> int:
+        """How many weights `W (out, in)` lie in `weight`, each with factors of its own: 1 in a linear layer."""
+        return 1
+
+    @property
+    def matrices(self) -> list[str]:
+        """Name each of these weights."""
+        return [self.name]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(out, in)` of the gradient, whatever the storage of the weight (transposed, packed, sharded)."""
+        return self.module.out_features, self.module.in_features
+
+    @property
+    def rank(self) -> int:
+        """The rank PEFT knows: that of the stored factors."""
+        return self.module.r[self.adapter]
+
+    @property
+    def s(self) -> float:
+        """PEFT's `scaling`: the adapted weight is `W + s B A`."""
+        return self.module.scaling[self.adapter]
+
+    @property
+    def lora_A(self) -> nn.Linear:
+        return self.module.lora_A[self.adapter]
+
+    @property
+    def lora_B(self) -> nn.Linear:
+        return self.module.lora_B[self.adapter]
+
+    @property
+    def stored_A(self) -> nn.Parameter:
+        """The parameter of `lora_A`: `(experts * rank, in)`."""
+        return self.lora_A._parameters["weight"]
+
+    @property
+    def stored_B(self) -> nn.Parameter:
+        """The parameter of `lora_B`: `(out, rank * experts)`."""
+        return self.lora_B._parameters["weight"]
+
+    @property
+    def uses_dora(self) -> bool:
+        return self.adapter in self.module.lora_magnitude_vector
+
+    def dense_weight(self) -> Tensor:  # (out, in)
+        """
+        Return `W` dequantised, whole and in the orientation of `G`; a copy or a view, never to be written to.
+
+        Collective where the weight is sharded.
+
+        Raises:
+            `ValueError`: if an engine keeps the weight in a form that can't be read.
+        """
+        held = dict(self.base.named_parameters(recurse=False)).get("weight")
+        weight = read_parameter(dequantize_module_weight(self.base))
+        if held is not None and self.base.weight is not held:
+            self.base.weight = held  # PEFT leaves a copy in its place, which has lost the scales of int8 codes
+        if is_traceable_wrapper_subclass(weight):
+            weight = weight.dequantize()
+        weight = weight.T if isinstance(self.base, Conv1D) else weight
+        if weight.shape != self.shape:
+            raise ValueError(
+                f"Layer {self.name}: this engine shows its weight as {tuple(weight.shape)} instead of {self.shape}, "
+                "and DoRA and scale='weight_svd' have to read it. Use another engine, or neither of them."
+            )
+        return weight
+
+    def dense_weights(self) -> Tensor:  # (E, out, in)
+        """Return [`dense_weight`] of every matrix of the layer: one, or one an expert."""
+        return self.dense_weight()[None]
+
+    def stored_weight(self) -> list[Tensor]:
+        """
+        List the tensors that `W` is stored as: itself, or the codes, scales and offsets of a quantised weight.
+
+        The bias is left out: an adapter may train it. Collective where the weight is sharded.
+        """
+        state = self.base.state_dict(keep_vars=True)
+        tensors = [value for name, value in state.items() if name != "bias" and isinstance(value, Tensor)]
+        return [part for tensor in tensors for part in _parts(read_parameter(tensor))]
+
+    @torch.no_grad()
+    def dora_magnitude(self, delta: Tensor) -> Tensor:  # (out, in) -> (out,)
+        """Compute DoRA's magnitude `||W + delta||` of each output row (arXiv 2402.09353, equation 5)."""
+        weight = self.dense_weight().to(device=delta.device, dtype=delta.dtype)
+        return torch.linalg.vector_norm(weight + delta, dim=1)
+
+    @property
+    def dora_parameter(self) -> nn.Parameter:
+        return self.module.lora_magnitude_vector[self.adapter].weight
+
+
+@dataclass(frozen=True)
+class AdaptedExperts(AdaptedLayer):
+    """
+    The fused weights of all experts of a layer, or any other bare parameter of `target_parameters`.
+
+    PEFT adds `s B A` to the parameter itself, so the layer has no input and output of its own.
+    """
+
+    @property
+    def weight(self) -> Tensor:
+        """`(E, out, in)`, `(E, in, out)` where the model stores it so, or `(out, in)`."""
+        return self.module.get_param()
+
+    @property
+    def parameter_name(self) -> str:
+        return self.module.parameter_name
+
+    @property
+    def experts(self) -> int:
+        return self.module.num_experts
+
+    @property
+    def matrices(self) -> list[str]:
+        return [f"{self.name}[{expert}]" for expert in range(self.experts)]
+
+    def by_expert(self, stored: Tensor) -> Tensor:  # as `weight` -> (E, out, in), a view
+        """Bring the weight, or a gradient of its shape, to the orientation of `G`."""
+        if stored.dim() == 2:
+            return stored[None]
+        return stored.mT if getattr(self.base, "is_transposed", False) else stored
+
+    def dense_weights(self) -> Tensor:  # (E, out, in)
+        return self.by_expert(read_parameter(self.weight))
+
+    def stored_weight(self) -> list[Tensor]:
+        return [read_parameter(self.weight)]
+
+
+def _parts(value: Tensor) -> list[Tensor]:
+    """Take apart a tensor that wraps others (codes and scales)."""
+    if not is_traceable_wrapper_subclass(value):
+        return [value]
+    names, _ = value.__tensor_flatten__()
+    return [part for name in names for part in _parts(getattr(value, name))]
+
+
+def is_anchored(layer: AdaptedLayer) -> bool:
+    """Tell whether the layer's factors are in delta form and tied."""
+    return isinstance(layer.lora_A, AnchoredA)
+
+
+def factor_rank(layer: AdaptedLayer) -> int:
+    """Return r, the rank of the factors that learn: half of the stored rank in an anchored layer."""
+    return layer.rank // 2 if is_anchored(layer) else layer.rank

@@ -1,0 +1,150 @@
+"""
+How PEFT stores the factors of fused experts, one LoRA pair an expert in two matrices. Pure shapes.
+
+    lora_A.weight  (E * r, in)   seen as (E, r, in): the rows of one expert lie together
+    lora_B.weight  (out, r * E)  seen as (out, r, E): the columns of one expert lie E apart
+
+A linear layer is the case `E = 1`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def split_A(stored: Tensor, experts: int) -> Tensor:  # (E * r, in) -> (E, r, in), a view
+    return stored.unflatten(0, (experts, -1))
+
+
+def join_A(A: Tensor) -> Tensor:  # (E, r, in) -> (E * r, in)
+    return A.flatten(0, 1)
+
+
+def split_B(stored: Tensor, experts: int) -> Tensor:  # (out, r * E) -> (E, out, r), a view
+    return stored.unflatten(1, (-1, experts)).permute(2, 0, 1)
+
+
+def join_B(B: Tensor) -> Tensor:  # (E, out, r) -> (out, r * E)
+    return B.permute(1, 2, 0).flatten(1, 2)
+
+
+class _TieHalves(torch.autograd.Function):
+    """The identity on `[A; A - A0]` of each expert; both halves receive `dL/dA`, the sum of their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, experts: int) -> Tensor:  # (E * 2r, in)
+        ctx.experts = experts
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # (E * 2r, in)
+        upper, lower = split_A(grad, ctx.experts).chunk(2, dim=1)
+        both = upper + lower
+        return join_A(torch.cat([both, both], dim=1)), None
+
+
+class _FreezeSecondHalf(torch.autograd.Function):
+    """The identity on `[B - B0, B0]`; `B0` receives a zero gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:  # (out, 2r)
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # (out, 2r)
+        live, _ = grad.chunk(2, dim=1)
+        return torch.cat([live, torch.zeros_like(live)], dim=1)
+
+
+class AnchoredA(nn.Linear):
+    """`lora_A` in delta form: an `nn.Linear` of weight `[A; A - A0] (2r, in)` with tied halves."""
+
+    experts = 1
+
+    @property
+    def stored(self) -> Tensor:
+        return self.weight  # a plain tensor in the copies that nn.DataParallel makes for other devices
+
+    def tied(self) -> Tensor:
+        return _TieHalves.apply(self.stored, self.experts)
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., 2r)
+        return F.linear(x, self.tied(), self.bias)
+
+
+class AnchoredB(nn.Linear):
+    """`lora_B` in delta form: an `nn.Linear` of weight `[B - B0, B0] (out, 2r)` whose second half is frozen."""
+
+    @property
+    def stored(self) -> Tensor:
+        return self.weight
+
+    def frozen(self) -> Tensor:
+        return _FreezeSecondHalf.apply(self.stored)
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., 2r) -> (..., out)
+        return F.linear(x, self.frozen(), self.bias)
+
+
+class AnchoredExpertsA(AnchoredA):
+    """
+    `lora_A` of fused experts in delta form, `(E * 2r, in)`.
+
+    PEFT never calls it: it reads `weight` and adds the product of the factors to the experts' own weights. So reading
+    `weight` where gradients are recorded gives the tied halves, and elsewhere the parameter. The parameter keeps its
+    place and name: saving, loading, copying and moving see a plain `nn.Linear`.
+    """
+
+    @property
+    def stored(self) -> nn.Parameter:
+        return self._parameters["weight"]
+
+    @property
+    def weight(self) -> Tensor:
+        return self.tied() if torch.is_grad_enabled() else self.stored
+
+
+class AnchoredExpertsB(AnchoredB):
+    """`lora_B` of fused experts in delta form, `(out, 2r * E)`; read as [`AnchoredExpertsA`] is."""
+
+    @property
+    def stored(self) -> nn.Parameter:
+        return self._parameters["weight"]
+
+    @property
+    def weight(self) -> Tensor:
+        return self.frozen() if torch.is_grad_enabled() else self.stored
+
+
+def anchored_parameter_names(model: nn.Module) -> set[str]:
+    """Name the parameters that weight decay must leave alone: it would untie the halves and shrink `B0`."""
+    return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, (AnchoredA, AnchoredB))}
+
+
+def counted_gradients(
+    model: nn.Module, read: Callable[[nn.Parameter], Tensor | None] = lambda parameter: parameter.grad
+) -> Iterator[Tensor]:
+    """
+    Yield the gradients of which a global norm is made.
+
+    Both halves of an anchored `A` carry the gradient of `A`; it is yielded once, so the norm is that of LoRA-GA.
+
+    Args:
+        model: the model.
+        read: gives the whole gradient of a parameter.
+    """
+    tied = {id(module.stored): module.experts for module in model.modules() if isinstance(module, AnchoredA)}
+    for parameter in model.parameters():
+        gradient = read(parameter)
+        if gradient is None:
+            continue
+        experts = tied.get(id(parameter), 0)
+        if experts > 1:
+            yield split_A(gradient, experts).chunk(2, dim=1)[0]
+        else:
+            yield gradient.chunk(2, dim=0)[0] if experts else gradient

@@ -1,0 +1,52 @@
+"""What a probe learned: the gradient of every adapted weight, and what it was averaged over."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from .accumulator import Estimator
+
+
+class NonFiniteGradient(ValueError):
+    """A loss or a gradient of the probe is NaN or infinite."""
+
+
+@dataclass
+class GradientEstimate:
+    """
+    What the probe learned.
+
+    Args:
+        estimators: one per adapted layer, of fused experts one each, by name, holding `G = dL/dW (out, in)` of the
+            item-weighted mean loss.
+        samples: examples used, over all processes.
+        items: what the loss is a mean over (label tokens, or examples), over all processes.
+        tokens: input tokens that passed through the model, over all processes.
+        loss: mean loss over all items; NaN for an estimate read from a file.
+        seconds: wall time of the probe.
+        bytes_sent: bytes that this process handed to all-reduces.
+        unreached: layers that the loss never reached.
+        first_batch: the first prepared inputs of this process, for measuring the loss before and after the write.
+        first_items: items of `first_batch` that count.
+        first_loss: the mean loss over the `first_batch` of all processes.
+    """
+
+    estimators: dict[str, Estimator]
+    samples: int = 0
+    items: float = 0.0
+    tokens: int = 0
+    loss: float = math.nan
+    seconds: float = 0.0
+    bytes_sent: int = 0
+    unreached: list[str] = field(default_factory=list)
+    first_batch: dict[str, Any] | None = None
+    first_items: float = 0.0
+    first_loss: float = math.nan
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of probe state on this process, test matrices included once."""
+        tensors = {t.data_ptr(): t for e in self.estimators.values() for t in e.state().values()}
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

@@ -1,0 +1,233 @@
+"""Save a gradient estimate and give it back, so that seeds, ranks and sweeps share one probe."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peft import PeftModel
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..adapters.find import require_peft_model
+from ..adapters.layer import AdaptedLayer, factor_rank
+from ..config import LoRAGAConfig
+from ..engines.collectives import gather_integers
+from ..saving.fingerprint import fingerprint_base, fingerprint_dataset, fingerprint_heads
+from ..saving.json_file import is_number, parse_json, short
+from .accumulator import Estimator
+from .estimate import GradientEstimate
+from .probe import estimate_gradients
+from .restore import require_state_shapes, restore_estimator
+
+
+if TYPE_CHECKING:
+    from torch.utils.data import Dataset
+    from transformers import Trainer
+
+_FORMAT = "2"
+_FIGURES = ("samples", "items", "tokens", "loss", "seconds", "bytes_sent")
+
+
+def save_estimate(
+    estimate: GradientEstimate,
+    config: LoRAGAConfig,
+    model: PeftModel,
+    layers: Sequence[AdaptedLayer],
+    dataset: Any,
+    write: bool = True,
+) -> None:
+    """
+    Write `estimate` to `config.probe_file` as safetensors, whole or not at all, with its fingerprints.
+
+    Every process calls this, since fingerprints of a sharded base take all of them; one of them has `write`.
+    """
+    metadata = {
+        **_fingerprints(config, model, layers, dataset),
+        "figures": json.dumps({name: getattr(estimate, name) for name in _FIGURES}),
+        "unreached": json.dumps(estimate.unreached),
+    }
+    if not write:
+        return
+    tensors = _own_memory(
+        {f"{name}|{key}": tensor for name, e in estimate.estimators.items() for key, tensor in e.state().items()}
+    )
+    target = _path(config)
+    partial = target.with_name(target.name + ".partial")
+    try:
+        save_file(tensors, partial, metadata=metadata)
+        os.replace(partial, target)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(
+            f"probe_file={config.probe_file!r} could not be written ({error}). Free some space or name another file; "
+            "the probe itself went well."
+        ) from error
+
+
+def _own_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Bring tensors to the CPU, each with memory of its own: layers of a shape share Gaussians until they turn."""
+    seen: set[int] = set()
+    owned = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.cpu().contiguous()
+        owned[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    return owned
+
+
+def load_estimate(
+    config: LoRAGAConfig, model: PeftModel, layers: Sequence[AdaptedLayer], dataset: Any
+) -> GradientEstimate | None:
+    """
+    Read `config.probe_file`; `None` if there is no such file.
+
+    Raises:
+        `ValueError`: if the file is damaged, or comes from another base, head, data set or other settings; the message
+            names which. Also if it left layers unreached or can't hold the directions that this run needs.
+    """
+    path = _path(config)
+    if not path.exists():
+        return None
+    expected = _fingerprints(config, model, layers, dataset)
+    with _damage_named(config), safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+    for key, value in expected.items():
+        if metadata.get(key) != value:
+            raise ValueError(
+                f"probe_file={config.probe_file!r} does not fit this run: its {key} is {short(metadata.get(key))}, "
+                f"this run's {value!r}. Delete it to probe anew, or name another file."
+            )
+    with _damage_named(config):
+        figures, unreached = _parse_figures(metadata), _parse_unreached(metadata, layers)
+        estimators = _read_estimators(path, layers)
+    _require_use(config, layers, estimators, unreached)
+    return GradientEstimate(estimators=estimators, unreached=unreached, **figures)
+
+
+@contextmanager
+def _damage_named(config: LoRAGAConfig) -> Iterator[None]:
+    """Name the file in whatever reading it raises."""
+    try:
+        yield
+    except (SafetensorError, OSError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"probe_file={config.probe_file!r} is damaged or not a probe of this package ({error}). Delete it to "
+            "probe anew, or name another file."
+        ) from error
+
+
+def _read_estimators(path: Path, layers: Sequence[AdaptedLayer]) -> dict[str, Estimator]:
+    """Read the tensors of every matrix, none of them before all are known to be of the shapes of the layers."""
+    shapes = {name: layer.shape for layer in layers for name in layer.matrices}
+    with safe_open(path, framework="pt") as file:
+        headers: dict[str, dict[str, tuple[int, ...]]] = {name: {} for name in shapes}
+        for key in file.keys():  # noqa: SIM118 - safe_open is no dict
+            name, _, part = key.partition("|")
+            if name not in shapes:
+                raise KeyError(f"{short(key)} belongs to no adapted layer")
+            headers[name][part] = tuple(file.get_slice(key).get_shape())
+        for name, header in headers.items():
+            require_state_shapes(header, shapes[name])
+        return {
+            name: restore_estimator({part: file.get_tensor(f"{name}|{part}") for part in headers[name]}, shape)
+            for name, shape in shapes.items()
+        }
+
+
+def _parse_figures(metadata: dict[str, str]) -> dict[str, float]:
+    figures = parse_json(metadata["figures"])
+    if not isinstance(figures, dict) or set(figures) != set(_FIGURES):
+        raise KeyError(f"figures must be {', '.join(_FIGURES)}")
+    for name, value in figures.items():
+        if not is_number(value):
+            raise TypeError(f"{name}={short(value)} is not a number")
+    return figures
+
+
+def _parse_unreached(metadata: dict[str, str], layers: Sequence[AdaptedLayer]) -> list[str]:
+    unreached, names = parse_json(metadata["unreached"]), {layer.name for layer in layers}
+    if not isinstance(unreached, list) or not all(type(name) is str and name in names for name in unreached):
+        raise KeyError(f"unreached={short(unreached)} does not name adapted layers")
+    return unreached
+
+
+def _require_use(
+    config: LoRAGAConfig, layers: Sequence[AdaptedLayer], estimators: dict[str, Estimator], unreached: list[str]
+) -> None:
+    """Refuse an estimate that is whole but of no use to this run."""
+    if unreached and not config.allow_unreached:
+        raise ValueError(
+            f"probe_file={config.probe_file!r}: the loss never reaches {len(unreached)} adapted layers: "
+            f"{', '.join(unreached[:5])}. Leave them out of `target_modules`, or set "
+            "LoRAGAConfig(allow_unreached=True) to start them as plain LoRA."
+        )
+    for layer in layers:
+        needed = min(2 * factor_rank(layer), *layer.shape)
+        directions = min(estimators[name].directions for name in layer.matrices)
+        if directions < needed:
+            raise ValueError(
+                f"probe_file={config.probe_file!r} holds {directions} directions of layer "
+                f"{layer.name}, rank {factor_rank(layer)} needs {needed}. Delete it to probe anew with a larger "
+                "sketch_size, or name another file."
+            )
+
+
+def require_probe_folder(config: LoRAGAConfig) -> None:
+    """
+    Look at the folder of `config.probe_file` before anything is computed.
+
+    Raises:
+        `ValueError`: if it does not exist, or `probe_file` is a folder itself.
+    """
+    if config.probe_file is None:
+        return
+    path = _path(config)
+    if not path.parent.is_dir():
+        raise ValueError(f"probe_file={config.probe_file!r}: the folder {path.parent} does not exist. Make it first.")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"probe_file={config.probe_file!r} is not a file. Name a .safetensors file.")
+
+
+def _path(config: LoRAGAConfig) -> Path:
+    if config.probe_file is None:
+        raise ValueError("LoRAGAConfig.probe_file is not set.")
+    return Path(config.probe_file)
+
+
+def _fingerprints(
+    config: LoRAGAConfig, model: PeftModel, layers: Sequence[AdaptedLayer], dataset: Any
+) -> dict[str, str]:
+    settings = {"num_samples": config.num_samples, "estimator": config.estimator, "sketch_size": config.sketch_size}
+    return {
+        "format": _FORMAT,
+        "base": fingerprint_base(model, layers),
+        "heads": fingerprint_heads(model),
+        "data": fingerprint_dataset(dataset),
+        "settings": json.dumps(settings, sort_keys=True),
+    }
+
+
+def load_or_estimate(
+    trainer: Trainer, config: LoRAGAConfig, layers: list[AdaptedLayer], probe_dataset: Dataset | None
+) -> GradientEstimate:
+    if config.probe_file is None:
+        return estimate_gradients(trainer, config, layers, probe_dataset)
+    dataset = trainer.train_dataset if probe_dataset is None else probe_dataset
+    model = require_peft_model(trainer.accelerator.unwrap_model(trainer.model))
+    seen = [row[0] for row in gather_integers(trainer, int(Path(config.probe_file).exists()))]
+    if len(set(seen)) > 1:
+        raise ValueError(
+            f"probe_file={config.probe_file!r} is there for {sum(seen)} of {len(seen)} processes only. Name a file "
+            "in a folder that all of them share."
+        )
+    estimate = load_estimate(config, model, layers, dataset)
+    if estimate is None:
+        estimate = estimate_gradients(trainer, config, layers, probe_dataset)
+        save_estimate(estimate, config, model, layers, dataset, write=trainer.is_world_process_zero())
+    return estimate

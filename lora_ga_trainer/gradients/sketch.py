@@ -1,0 +1,228 @@
+"""
+Accumulators of a gradient `G = dL/dW (out, in)` that is only ever seen as pairs `(x, dy)` with `G = sum dy^T x`, or,
+for fused experts, as the gradient of one micro-batch after the other.
+
+`ExactGradient` keeps `G`. `SketchedGradient` sees every sample once and keeps `Y = G T (out, k)` and
+`Z = G^T L (in, k)` for test matrices `T`, `L`: Gaussian for the first sixteenth of the samples (a two-sided range
+finder, Halko, Martinsson, Tropp, arXiv 0909.4061), then, from each turning point on, the singular vectors of all that
+was seen before. At a turning point the sketches of the samples since the last one are completed to a matrix, whose sum
+with what was known is cut to rank k (`recovery.merge`). So the first samples, which a blind sketch shows least well,
+weigh least. Both kinds are linear in the data between turning points, so processes add their accumulators.
+
+The turning points and k = 4 * 2r were chosen by measuring: SmolLM2-135M, r = 8, q, o, gate, up and down of layers 1,
+15 and 28, fp32, the first GSM8K examples; the share of the energy of the best directions kept, of the worse side; mean
+over the 15 matrices, the worst one in brackets.
+
+| samples, turning points, k                 | top 16        | directions 1-8 | directions 9-16 |
+|--------------------------------------------|---------------|----------------|-----------------|
+| 64, none, 96                               | .996 (.992)   | .998 (.996)    | .955 (.935)     |
+| 64, a second pass over all, 96             | 1.000 (1.000) | 1.000 (1.000)  | 1.000 (.999)    |
+| 64, 1/16 1/4 1/2, 96                       | 1.000 (1.000) | 1.000 (1.000)  | .997 (.994)     |
+| 64, 1/16 1/8 1/4 1/2, 64                   | 1.000 (1.000) | 1.000 (1.000)  | .995 (.985)     |
+| **64, 1/16 1/4 1/2, 64**                   | 1.000 (.999)  | 1.000 (1.000)  | .993 (.985)     |
+| 64, 1/8 1/4 1/2, 64                        | .999 (.999)   | 1.000 (.999)   | .991 (.979)     |
+| 64, 1/16 1/4, 64                           | 1.000 (.999)  | 1.000 (1.000)  | .989 (.965)     |
+| 16, 1/16 1/8 1/4 1/2, 96                   | 1.000 (.999)  | 1.000 (1.000)  | .994 (.983)     |
+
+Over all 150 sketched matrices of the model the marked one keeps 1.000 (.997), 1.000 (.999) and .992 (.967). It has 29%
+fewer columns than k = 96, and what it misses of `B`'s directions (9-16) is little beside how far other samples would
+have moved them; `recipes/benchmarks/fidelity.py` measures both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ..config import LoRAGAConfig
+from ..engines.devices import narrow, wide
+from ..maths.recovery import HELD_OUT, TopSVD, merge, recover
+from .accumulator import Estimator, ExactGradient, add_product, cast, gaussian, stack, to_one_dtype
+
+
+_STACKED_BYTES = 2**26  # that the work on one stack may take, a single layer more; 2**28 was slower on a CPU
+# Bytes of work for every number of an accumulator: fp32 copies and bases of twice the width; fp64 ones.
+_TO_TURN, _TO_RECOVER = 16, 48
+Item = TypeVar("Item")
+# Shares of the samples after which the test matrices are made anew from what was seen.
+_TURNING_POINTS = (1 / 16, 1 / 4, 1 / 2)
+
+
+class SketchedGradient(Estimator):
+    """
+    `Y = G T (out, k + 16)` and `Z = G^T L (in, k + 16)`, in fp32, and `S (k,)`.
+
+    The first k columns are those of the samples since the last turning point; those before are known as
+    `L diag(S) T^T`. The last 16 columns stay Gaussian, gather all samples, and measure what the recovery misses.
+    """
+
+    sketched = True
+
+    def __init__(self, shape: tuple[int, int], k: int, seed: int = 0) -> None:
+        out_features, in_features = shape
+        self.k, self.seed = k, seed
+        self.dtype = torch.float32
+        self.turned = False
+        self._draw(out_features, in_features, torch.device("cpu"))
+        self.S = torch.zeros(k)
+        self.Y, self.Z = torch.zeros(out_features, k + HELD_OUT), torch.zeros(in_features, k + HELD_OUT)
+
+    def _draw(self, out_features: int, in_features: int, device: torch.device) -> None:
+        """Take the Gaussian matrices, which layers of one shape share."""
+        self.T = gaussian(in_features, self.k + HELD_OUT, self.seed, device)
+        self.L = gaussian(out_features, self.k + HELD_OUT, self.seed + 1, device)
+
+    def place(self, device: torch.device) -> None:
+        if self.Y.device == device:
+            return
+        if self.turned:
+            self.T, self.L = self.T.to(device), self.L.to(device)
+        else:
+            self._draw(self.L.shape[0], self.T.shape[0], device)
+        self.S, self.Y, self.Z = self.S.to(device), self.Y.to(device), self.Z.to(device)
+
+    def add(self, x: Tensor, dy: Tensor, weight: float) -> None:
+        x, dy = to_one_dtype(x, dy)
+        self.compute_in(x.dtype)
+        add_product(self.Y, dy, x @ self.T, weight)  # G T = sum dy^T (x T)
+        add_product(self.Z, x, dy @ self.L, weight)  # G^T L = sum x^T (dy L)
+
+    def add_gradient(self, G: Tensor, weight: float) -> None:
+        G = G.to(self.Y.dtype)
+        self.Y.addmm_(G, self.T.to(G), alpha=weight)
+        self.Z.addmm_(G.T, self.L.to(G), alpha=weight)
+
+    def compute_in(self, dtype: torch.dtype) -> None:
+        """Round the test matrices once: the rounded ones are what the recovery uses."""
+        self.dtype = dtype
+        if self.T.dtype != dtype:
+            self.T, self.L = cast(self.T, dtype), cast(self.L, dtype)
+
+    @property
+    def directions(self) -> int:
+        return self.k
+
+    def sums(self) -> list[Tensor]:
+        return [self.Y, self.Z]
+
+    def since_last_turn(self) -> list[Tensor]:
+        """Return what processes add up at a turning point."""
+        return [self.Y[:, : self.k], self.Z[:, : self.k]]
+
+    def known(self) -> list[Tensor]:
+        """Return what a turning point changes, which one process computes for all."""
+        return [self.T[:, : self.k], self.L[:, : self.k], self.S]
+
+    def start_anew(self, U: Tensor, S: Tensor, V: Tensor) -> None:
+        """Know `U diag(S) V^T` from now on, and see the samples that come through `V (in, k)` and `U (out, k)`."""
+        self.compute_in(self.dtype)
+        self.T = torch.cat([V.to(self.T), self.T[:, self.k :]], dim=1)
+        self.L = torch.cat([U.to(self.L), self.L[:, self.k :]], dim=1)
+        self.S = S.to(self.S)
+        self.turned = True
+        for sketch in self.since_last_turn():
+            sketch.zero_()
+
+    def await_owner(self) -> None:
+        """Make room for what another process computes at this turning point."""
+        self.start_anew(*(torch.empty_like(part) for part in (self.L[:, : self.k], self.S, self.T[:, : self.k])))
+
+    def divide(self, items: float) -> None:
+        for part in (self.S, self.Y, self.Z):
+            part.div_(items)
+
+    def state(self) -> dict[str, Tensor]:
+        return {"T": self.T, "L": self.L, "S": self.S, "Y": self.Y, "Z": self.Z}
+
+    @staticmethod
+    def svds(some: Sequence[SketchedGradient], k: int) -> list[TopSVD]:
+        states = zip(*(sketch.state().values() for sketch in some), strict=True)
+        return recover(*(stack([wide(tensor) for tensor in part]) for part in states), k)
+
+
+def turning_points(samples: int) -> list[int]:
+    """Return the numbers of samples after which sketches turn, increasing; the last is `samples` itself."""
+    points = {int(samples * share) for share in _TURNING_POINTS} | {samples}
+    return sorted(point for point in points if point > 0)
+
+
+def sketch_columns(config: LoRAGAConfig, rank: int) -> int:
+    """Return k: `config.sketch_size`, by default 4 columns for each of the `2 * rank` directions."""
+    return 8 * rank if config.sketch_size is None else config.sketch_size
+
+
+def is_sketched(shape: tuple[int, int], k: int) -> bool:
+    """
+    Tell whether a sketch is worth it: `4 k (in + out)` operations a token against `2 in out` for `G`.
+
+    It has to save half of them, which pays for the turning points; in memory it saves half, too. And it has to be a
+    small part of the layer: at a width of 6 k (MiniLM's 384, r = 8) it kept .93 of directions 9-16, the worst .81.
+    """
+    out_features, in_features = shape
+    return in_features * out_features > 4 * k * (in_features + out_features) and min(shape) > 6 * k
+
+
+def make_estimators(
+    layers: Sequence[tuple[str, tuple[int, int]]], config: LoRAGAConfig, rank: int
+) -> dict[str, Estimator]:
+    """
+    Make one empty accumulator a layer: exact where `config` asks for it or a sketch is not worth it, else a sketch.
+
+    Args:
+        layers: name and shape `(out, in)` of each.
+        rank: the largest rank that the factors need.
+
+    Raises:
+        `ValueError`: if `config.sketch_size` is smaller than `2 * rank` and a layer would be sketched.
+    """
+    k = sketch_columns(config, rank)
+    estimators: dict[str, Estimator] = {}
+    for name, shape in layers:
+        if config.estimator == "exact" or not is_sketched(shape, k):
+            estimators[name] = ExactGradient(shape)
+            continue
+        if k < 2 * rank:
+            raise ValueError(
+                f"LoRAGAConfig: sketch_size={k} can't hold the 2r = {2 * rank} directions that layer {name} needs. "
+                f"Use at least {2 * rank}; the default is {8 * rank}."
+            )
+        estimators[name] = SketchedGradient(shape, k, config.probe_seed)
+    return estimators
+
+
+def turn(sketches: Sequence[SketchedGradient]) -> None:
+    """Make the test matrices of `sketches` anew from what they have seen."""
+    for some in _stacks(sketches, lambda sketch: sketch, lambda sketch: sketch.dtype, _TO_TURN):
+        for sketch in some:
+            sketch.compute_in(sketch.dtype)
+        T, L, S = (stack([narrow(sketch.known()[i]) for sketch in some]) for i in range(3))
+        Y, Z = (stack([narrow(sketch.since_last_turn()[i]) for sketch in some]) for i in range(2))
+        for sketch, *triplets in zip(some, *merge(T, L, S, Y, Z), strict=True):
+            sketch.start_anew(*triplets)
+
+
+def top_svds(estimators: Mapping[str, Estimator], wanted: Mapping[str, int]) -> dict[str, TopSVD]:
+    """Return the top `wanted[name]` singular triplets of the gradient of each name in `wanted`."""
+    found: dict[str, TopSVD] = {}
+    for names in _stacks(list(wanted), estimators.__getitem__, wanted.__getitem__, _TO_RECOVER):
+        some = [estimators[name] for name in names]
+        found.update(zip(names, some[0].svds(some, wanted[names[0]]), strict=True))
+    return found
+
+
+def _stacks(
+    items: Sequence[Item], of: Callable[[Item], Estimator], kind: Callable[[Item], Hashable], work: int
+) -> Iterator[list[Item]]:
+    """Group items whose accumulators are of one shape, device and `kind`; `work` bytes a number limit a group."""
+    groups: dict[Hashable, list[Item]] = {}
+    for item in items:
+        sums = of(item).sums()
+        groups.setdefault((*(part.shape for part in sums), sums[0].device, kind(item)), []).append(item)
+    for group in groups.values():
+        numbers = sum(part.numel() for part in of(group[0]).sums())
+        size = max(1, _STACKED_BYTES // (work * numbers))
+        for first in range(0, len(group), size):
+            yield group[first : first + size]

@@ -1,0 +1,92 @@
+"""What is done to the gradients of an engine that clips and steps by itself, just before it does."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters.layer import AdaptedLayer
+from ..adapters.storage import anchored_parameter_names, counted_gradients
+from ..engines.parameters import read_parameter
+from ..engines.support import (
+    loss_scale,
+    optimizer_groups,
+    read_gradient,
+    run_before_steps,
+    steps_by_itself,
+    write_gradient,
+)
+from .pairs import batch_pairs, correct_batch, decompose_batches, stored_form, trained_pairs
+
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+
+class EngineStep:
+    """
+    Clip, with the gradient of an anchored `A` counted once in the norm, and correct, before an engine steps.
+
+    Both need whole gradients, which the processes gather: of every trained parameter for the norm, of the factors for
+    the correction. As elsewhere the clipping comes first.
+
+    Args:
+        trainer: prepared, with an engine that steps by itself.
+        model: the bare model.
+        pairs: the factors to correct; none for clipping alone.
+
+    Attributes:
+        norm: of the gradients in the last step, before clipping.
+    """
+
+    def __init__(self, trainer: Trainer, model: nn.Module, pairs: list[AdaptedLayer]) -> None:
+        self.trainer, self.model, self.pairs = trainer, model, pairs
+        self.norm = torch.zeros(())
+        self.max_norm = run_before_steps(trainer, self.run)
+
+    @torch.no_grad()
+    def run(self) -> None:
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        gradients = {parameter: read_gradient(parameter) for parameter in trained}
+        counted = list(counted_gradients(self.model, gradients.get))
+        self.norm = torch.nn.utils.get_total_norm(counted) / loss_scale(self.trainer)
+        new = self._correct(gradients) if self.pairs else {}
+        factor = 1.0
+        if self.max_norm > 0:
+            factor = min(1.0, self.max_norm / (self.norm.item() + 1e-6))
+        for parameter, gradient in gradients.items():
+            value = new.get(parameter, gradient if factor < 1 else None)
+            if value is not None:
+                write_gradient(parameter, value * factor)
+
+    def _correct(self, gradients: dict[nn.Parameter, Tensor | None]) -> dict[nn.Parameter, Tensor]:
+        has_gradient = lambda linear: gradients[linear.weight] is not None
+        ready = [pair for pair in self.pairs if has_gradient(pair.lora_A) and has_gradient(pair.lora_B)]
+        batches = batch_pairs(ready, read=lambda parameter: (read_parameter(parameter), gradients[parameter]))
+        found: dict[nn.Parameter, Tensor] = {}
+        for batch, eigen in zip(batches, decompose_batches(batches), strict=True):
+            dAs, dBs = stored_form(batch, *correct_batch(batch, eigen))
+            found.update(zip(batch.weights_A, dAs, strict=True))
+            found.update(zip(batch.weights_B, dBs, strict=True))
+        return found
+
+
+def install_engine_step(trainer: Trainer, model: nn.Module, correct: bool) -> EngineStep | None:
+    """
+    Put an [`EngineStep`] before the steps of the trainer's engine where one is needed.
+
+    Args:
+        trainer: prepared.
+        model: the bare model.
+        correct: whether the gradients are to be corrected.
+    """
+    if not steps_by_itself(trainer):
+        return None
+    pairs: list[AdaptedLayer] = []
+    if correct:
+        groups = [{**options, "params": parameters} for parameters, options in optimizer_groups(trainer)]
+        pairs = trained_pairs(model, groups, "LoRA-Pro")
+    clips = trainer.args.max_grad_norm and anchored_parameter_names(model)
+    return EngineStep(trainer, model, pairs) if pairs or clips else None

@@ -1,0 +1,63 @@
+"""The steps of LoRA-Pro's AdamW between the factors and the weight (arXiv 2407.18242, Algorithm 1). Pure maths."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..engines.parameters import RowShard
+from ..maths.lora_pro import GramEigen, apply_correction, cross_products, solve_correction
+from .pairs import PairBatch, correct_batch, stored_factors
+
+
+def equivalent_gradient(
+    batch: PairBatch, eigen: GramEigen, rows: slice | None = None
+) -> Tensor:  # (L, out or the number of `rows`, in)
+    """Return `G~ = s (B dA + dB A) = P_B G + (I - P_B) G P_A` of the pairs' gradients."""
+    factors = batch.A, batch.B, batch.gA, batch.gB
+    correction = solve_correction(eigen, *cross_products(*factors), batch.s)
+    # X cancels in the product: leave it out.
+    dA, dB = apply_correction(correction._replace(X=torch.zeros_like(correction.X)), *factors)
+    s = batch.s[:, None, None].to(dA.dtype)
+    left = torch.cat([batch.B, dB], dim=2)
+    return (left if rows is None else left[:, rows]) @ (s * torch.cat([dA, batch.A], dim=1))
+
+
+def project_step(
+    batch: PairBatch,
+    eigen: GramEigen,
+    U: Tensor,  # (L, out, in), or the rows of `shard`
+    scale: Tensor,  # (L, 1, 1)
+    weight_decay: float,
+    shard: RowShard | None = None,
+) -> tuple[Tensor, Tensor]:  # dA (L, r, in), dB (L, out, r)
+    """Return the factors' step along the `s (B dA + dB A)` nearest to `scale U + weight_decay D`, D the net delta."""
+    A, B, s = batch.A, batch.B, batch.s[:, None, None].to(U.dtype)
+    if shard is None:
+        gA, gB = s * scale * (B.mT @ U), s * scale * (U @ A.mT)
+    else:
+        gA, gB = s * scale * shard.sum(B[:, shard.mine].mT @ U), s * scale * shard.join(U @ A.mT)
+    if weight_decay != 0:
+        # D = s B A, in delta form s (B A - B0 A0); s B^T D and s D A^T without forming it
+        stored_A, stored_B = stored_factors(batch)
+        gA += weight_decay * s**2 * (B.mT @ stored_B @ stored_A)
+        gB += weight_decay * s**2 * (stored_B @ (stored_A @ A.mT))
+    return correct_batch(replace(batch, gA=gA, gB=gB), eigen)
+
+
+def store_moment(
+    kept: Tensor,  # (L, out, in)
+    value: Tensor,  # (L, out, in), of another dtype or device; used up
+    counts: list[float],  # steps of each pair
+) -> None:
+    """Write a moment back. To bf16 it is rounded up as often as it is far from the lower neighbour, not to nearest."""
+    if kept.dtype == torch.bfloat16:
+        # fp32 is bf16 with 16 more bits: add a number below 2^16 and cut them off. The multiples of 2^16 / golden
+        # ratio spread evenly, need no generator, and are the same on every rank and after a resume.
+        dither = [int(count) * 40503 % 65536 for count in counts]
+        bits = value.float().view(torch.int32)
+        bits.add_(torch.tensor(dither, dtype=torch.int32, device=value.device).view(-1, 1, 1)).bitwise_and_(-65536)
+        value = bits.view(torch.float32)
+    kept.copy_(value)

@@ -1,0 +1,58 @@
+"""Weight decay leaves anchored parameters alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers import Trainer
+
+from ..adapters.storage import anchored_parameter_names
+from ..engines.support import bare_optimizer, optimizer_groups
+from .adamw import LoRAProAdamW
+
+
+if TYPE_CHECKING:
+    pass
+
+
+def keep_out_of_weight_decay(trainer: Trainer) -> None:
+    """Make the trainer's own choice of decayed parameters leave anchored ones out, on this instance."""
+    choose = trainer.get_decay_parameter_names
+
+    def get_decay_parameter_names(model: Any) -> list[str]:
+        anchored = anchored_parameter_names(model)
+        return [name for name in choose(model) if name not in anchored]
+
+    trainer.get_decay_parameter_names = get_decay_parameter_names  # type: ignore[method-assign]
+
+
+def require_sound_optimizer(trainer: Trainer, model: nn.Module) -> None:
+    """
+    Refuse an optimizer that would decay anchored parameters or does not hold them.
+
+    Raises:
+        `ValueError`: naming a parameter.
+    """
+    # LoRAProAdamW decays the net update s (B A - B0 A0), which leaves the halves tied and B0 alone.
+    net_decay = isinstance(bare_optimizer(trainer), LoRAProAdamW)
+    decay = {
+        id(parameter): options.get("weight_decay", 0.0)
+        for parameters, options in optimizer_groups(trainer)
+        for parameter in parameters
+    }
+    parameters = dict(model.named_parameters())
+    for name in sorted(anchored_parameter_names(model)):
+        if not parameters[name].requires_grad:  # of an adapter that is not trained
+            continue
+        if id(parameters[name]) not in decay:
+            raise ValueError(
+                f"{name}: the optimizer does not hold this trained parameter; it was made for another model, or "
+                "before the adapter was anchored. Let the Trainer make the optimizer (`optimizer_cls_and_kwargs`)."
+            )
+        if decay[id(parameters[name])] != 0.0 and not net_decay:
+            raise ValueError(
+                f"{name}: the optimizer applies weight_decay={decay[id(parameters[name])]} to an anchored parameter, "
+                "which would untie its halves. Let the Trainer make the optimizer (`optimizer_cls_and_kwargs`), or "
+                "put LoRA parameters into a group with weight_decay 0."
+            )

@@ -1,0 +1,159 @@
+"""Train fresh heads for a few steps before the probe, so that the gradient is not that of a random head."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.stateless import _reparametrize_module
+
+from ..adapters.find import require_peft_model, saved_modules
+from ..config import LoRAGAConfig
+from ..engines.collectives import mean_over_processes, sum_over_processes
+from ..engines.parameters import read_parameter, write_parameters
+from ..engines.support import probed_module
+from ..gradients.borrow import borrowed
+from ..gradients.samples import Piece, count_items, mean_loss, sample_pieces
+
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+def warm_up_heads(trainer: Trainer, config: LoRAGAConfig) -> None:
+    """
+    Take `config.head_warmup_steps` AdamW steps on the modules of `modules_to_save` alone.
+
+    The batches are those of the train dataloader, `per_device_train_batch_size * gradient_accumulation_steps` samples
+    a process and step, in epochs that start over when the data ends; dropout is off and the loss is weighted by items
+    as in the probe. Every other parameter, the data order and the random numbers of the training run stay what they
+    were.
+
+    Raises:
+        `ValueError`: if the adapter has no `modules_to_save`.
+    """
+    model = probed_module(trainer)
+    heads = saved_modules(require_peft_model(trainer.accelerator.unwrap_model(trainer.model)))
+    if not heads:
+        raise ValueError(
+            f"head_warmup_steps={config.head_warmup_steps}, but the adapter has no `modules_to_save` to train. Name "
+            "the fresh head there in the LoraConfig, or set head_warmup_steps=0."
+        )
+    args = trainer.args
+    per_step = trainer._train_batch_size * args.gradient_accumulation_steps * trainer.accelerator.num_processes
+    warm_up = _Heads(trainer, model, heads, config.head_warmup_learning_rate)
+    with borrowed(trainer, model), warm_up.in_place():
+        warm_up.train(config.head_warmup_steps, per_step)
+    write_parameters(trainer, list(zip(warm_up.parameters, warm_up.copies, strict=True)))
+    logger.info(
+        "Trained %d head parameters for %d steps.", sum(map(torch.numel, warm_up.copies)), config.head_warmup_steps
+    )
+
+
+@contextmanager
+def warm_heads(trainer: Trainer, config: LoRAGAConfig) -> Iterator[None]:
+    """Warm the heads up, and give them their values back if anything inside raises. Collective."""
+    heads = saved_modules(require_peft_model(trainer.accelerator.unwrap_model(trainer.model)))
+    parameters = [parameter for head in heads for parameter in head.parameters() if parameter.requires_grad]
+    before = [read_parameter(parameter).clone() for parameter in parameters]
+    try:
+        warm_up_heads(trainer, config)
+        yield
+    except BaseException:
+        write_parameters(trainer, list(zip(parameters, before, strict=True)))
+        raise
+
+
+class _Heads:
+    """
+    Whole copies of the heads' parameters, which an AdamW of their own steps and the heads compute with meanwhile.
+
+    They are fp32 at least: bf16 weights would round small steps away.
+    The engine has no part in it: no parameter of the model requires grad, and none is written before the end.
+    """
+
+    def __init__(self, trainer: Trainer, model: nn.Module, heads: list[nn.Module], lr: float) -> None:
+        self.trainer, self.model, self.heads = trainer, model, heads
+        self.named = [{n: p for n, p in head.named_parameters() if p.requires_grad} for head in heads]
+        self.parameters = [parameter for named in self.named for parameter in named.values()]
+        self.copies = [_wide(read_parameter(parameter)).clone().requires_grad_() for parameter in self.parameters]
+        self.sums = [torch.zeros_like(copy) for copy in self.copies]
+        self.items = 0.0
+        self.optimizer = torch.optim.AdamW(self.copies, lr=lr, weight_decay=0.0)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Let the heads compute with the copies, in the dtypes of their own parameters."""
+        copies = iter(self.copies)
+        with ExitStack() as stack:
+            for head, named in zip(self.heads, self.named, strict=True):
+                stack.enter_context(_computing_with(head, named, {name: next(copies) for name in named}))
+            yield
+
+    def train(self, steps: int, per_step: int) -> None:
+        done = 0
+        while done < steps:
+            before = done
+            for piece in sample_pieces(self.trainer, [per_step * n for n in range(1, steps - done + 1)]):
+                if piece.part > done - before:
+                    self._step()
+                    done += 1
+                self._accumulate(piece)
+            pending = mean_over_processes(self.trainer, 1.0, self.items) > 0  # nan where no process has an item
+            if pending and done < steps:
+                self._step()
+                done += 1
+            if done == before:
+                raise ValueError("head_warmup_steps: the train dataloader gave no sample with a label.")
+
+    def _accumulate(self, piece: Piece) -> None:
+        """Add the gradient of the summed loss of one piece; every process runs it, whether it has samples or not."""
+        items = count_items(self.trainer, piece) if piece.mine > 0 else 0.0
+        loss = mean_loss(self.trainer, self.model, piece.batch, items) * items
+        gradients = torch.autograd.grad(loss, self.copies, allow_unused=True)
+        if items == 0:
+            return
+        self.items += items
+        for total, gradient in zip(self.sums, gradients, strict=True):
+            if gradient is not None:
+                total.add_(gradient)
+
+    def _step(self) -> None:
+        """Step on the gradient of the mean over the items of all processes."""
+        total = torch.tensor([self.items], dtype=torch.float64)
+        sum_over_processes(self.trainer, [total, *self.sums])
+        if total.item() > 0:
+            for copy, gradient in zip(self.copies, self.sums, strict=True):
+                copy.grad = gradient.div_(total.item())
+            self.optimizer.step()
+        self.items = 0.0
+        self.sums = [torch.zeros_like(copy) for copy in self.copies]
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+@contextmanager
+def _computing_with(head: nn.Module, named: dict[str, nn.Parameter], copies: dict[str, Tensor]) -> Iterator[None]:
+    """Let a head compute with `copies` in place of its parameters; what it held is back after each call."""
+    forward, own = head.forward, vars(head).get("forward")
+
+    def with_copies(*args: Any, **kwargs: Any) -> Any:
+        tensors = {name: copy.to(named[name].dtype) for name, copy in copies.items()}
+        with _reparametrize_module(head, tensors):
+            return forward(*args, **kwargs)
+
+    head.forward = with_copies
+    try:
+        yield
+    finally:
+        del head.forward
+        if own is not None:
+            head.forward = own

@@ -1,0 +1,119 @@
+"""Check an adapter and make room for its start, before an optimizer exists."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import nn
+
+from ..adapters.anchor import expand_adapter
+from ..adapters.find import active_adapter, find_adapted_layers, is_trained, require_peft_model
+from ..adapters.layer import AdaptedLayer, is_anchored
+from ..config import LoRAGAConfig
+from ..maths.inits import INITS
+from ..saving.fingerprint import fingerprint_base
+from ..saving.record import StartRecord, attach_record, record_of_model
+
+
+logger = logging.getLogger(__name__)
+
+# Starts of PEFT that leave B A = 0 with a random A: the only ones that another start may replace.
+_PLAIN_INITS = (True, "gaussian")
+
+
+def require_config(config: Any) -> LoRAGAConfig:
+    """
+    Return `config`, or the defaults for `None`.
+
+    Raises:
+        `TypeError`: for anything else, PEFT's own `LoraGAConfig` included.
+    """
+    if config is None:
+        return LoRAGAConfig()
+    if not isinstance(config, LoRAGAConfig):
+        kind = f"{type(config).__module__}.{type(config).__name__}"
+        raise TypeError(
+            f"lora_ga_config is a {kind}. Pass `lora_ga_trainer.LoRAGAConfig`: PEFT's LoraGAConfig belongs to PEFT's "
+            "own preprocess_loraga, which this package replaces."
+        )
+    return config
+
+
+def prepare_adapter(model: nn.Module, config: LoRAGAConfig, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """
+    Check that the active adapter can be given a start, and expand it to its anchored form where `config` asks for it.
+
+    An adapter that was prepared or initialised before is left alone, if it was for the same start.
+
+    Args:
+        model: a `PeftModel`.
+        config: with an `init` other than `"none"`.
+        optimizer: an optimizer that exists already and would hold parameters that expanding replaces.
+
+    Raises:
+        `ValueError`: naming the adapter or layer, what is wrong and the way out.
+    """
+    model = require_peft_model(model)
+    adapter = active_adapter(model)
+    layers = find_adapted_layers(model)
+    peft_config = model.peft_config[adapter]
+    record = record_of_model(model)
+    if record is not None:
+        _require_same_start(adapter, record, config)
+        return
+    _require_plain_start(adapter, peft_config, layers)
+    if optimizer is not None and INITS[config.init].anchored:
+        raise ValueError(
+            "An optimizer exists already; it would keep training parameters that an anchored adapter replaces. Pass "
+            "`optimizer_cls_and_kwargs=` instead of `optimizers=`, or make the trainer before the optimizer."
+        )
+    record = StartRecord(
+        init=config.init,
+        rank=peft_config.r,
+        anchored=INITS[config.init].anchored,
+        base=fingerprint_base(model, layers),
+    )
+    model.peft_config[adapter] = attach_record(peft_config, record)
+    if record.anchored:
+        expand_adapter(model, layers)
+        net_decay = config.correction == "lora_pro_adamw"
+        logger.info(
+            "Adapter %r is anchored: rank %d is stored as %d, `lora_alpha` is scaled to keep s, and weight decay %s.",
+            adapter,
+            record.rank,
+            2 * record.rank,
+            "acts on its net update" if net_decay else "leaves its factors alone",
+        )
+
+
+def _require_same_start(adapter: str, record: StartRecord, config: LoRAGAConfig) -> None:
+    if record.init != config.init:
+        happened = "started with" if record.initialised else "prepared, by a trainer made before, for"
+        raise ValueError(
+            f"Adapter {adapter!r} was {happened} init={record.init!r}, the config asks for {config.init!r}. Continue "
+            f"it with LoRAGAConfig(init={record.init!r}), or make a new adapter."
+        )
+    if record.initialised:
+        logger.info("Adapter %r was initialised before (%s): it continues without a probe.", adapter, record.init)
+
+
+def _require_plain_start(adapter: str, config: LoraConfig, layers: list[AdaptedLayer]) -> None:
+    if config.init_lora_weights not in _PLAIN_INITS:
+        raise ValueError(
+            f"Adapter {adapter!r} has init_lora_weights={config.init_lora_weights!r}, a start of PEFT's own: two "
+            "starts can't be combined. Use init_lora_weights=True in the LoraConfig, or LoRAGAConfig(init='none')."
+        )
+    for layer in layers:
+        if is_anchored(layer):
+            raise ValueError(
+                f"Layer {layer.name}: the factors are anchored but the adapter's config has lost its record."
+            )
+        if is_trained(layer):
+            raise ValueError(
+                f"Adapter {adapter!r} is already trained: at {layer.name} its product B A is not zero, and a new "
+                "start would overwrite it. To train it further use LoRAGAConfig(init='none'); an anchored adapter of "
+                "this package continues as one after `lora_ga_trainer.load_adapter(base_model, folder)`."
+            )

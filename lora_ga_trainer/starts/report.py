@@ -1,0 +1,228 @@
+"""What was initialised and how well: one line for the log, numbers for trackers, JSON, a picture."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import takewhile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+INITIALISED = "initialised"
+OVERLAPPING = "initialised, halves overlap: 2r > min(out, in)"
+PADDED = "initialised, padded with a plain start: r > min(out, in)"
+ZERO_GRADIENT = "plain start: zero gradient"
+UNREACHED = "plain start: never reached by the loss"
+PLAIN = (ZERO_GRADIENT, UNREACHED)
+
+
+@dataclass
+class LayerReport:
+    """
+    One adapted layer, or all experts of a fused one.
+
+    For experts `singular_values` are root mean squares and the energy shares those of all gradients together, over the
+    experts that were started; `energy_kept` and `scale` are the smallest and the largest of theirs.
+
+    Args:
+        name: inside the base model.
+        shape: `(out, in)` of the weight.
+        rank: r of the factors that learn.
+        scale: length c of the rows of `A0` and columns of `B0`; for LoRA-One the length of the first one.
+        singular_values: the top `min(2r, out, in)` of the gradient of the weight, descending.
+        energy_share_r: share of `||G||^2` that the top r directions hold.
+        energy_share_2r: share of `||G||^2` that the top 2r directions hold.
+        energy_kept: what the estimated top-2r directions hold of the energy that the best ones hold, as the estimator
+            itself judges it; 1 for an exact one.
+        sketched: whether the estimator was a sketch.
+        action: what was done.
+        experts: weights of this shape that share the layer; 1 in a linear layer.
+        experts_plain: of these, those left at a plain LoRA start because their gradient is zero: the samples never
+            reached them.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    rank: int
+    scale: float
+    singular_values: list[float]
+    energy_share_r: float
+    energy_share_2r: float
+    energy_kept: float
+    sketched: bool
+    action: str
+    experts: int = 1
+    experts_plain: int = 0
+
+
+def report_experts(name: str, reports: Sequence[LayerReport]) -> LayerReport:
+    """Sum up the reports of the experts of one layer."""
+    started = [report for report in reports if not report.action.startswith("plain start")]
+    plain = len(reports) - len(started)
+    if not started:
+        return replace(reports[0], name=name, experts=len(reports), experts_plain=plain)
+    energies = [[value**2 for value in report.singular_values] for report in started]
+    # share = held / total, so each expert's total is what its top directions hold over their share.
+    totals = [sum(energy) / report.energy_share_2r for energy, report in zip(energies, started, strict=True)]
+    rank = started[0].rank
+    return replace(
+        started[0],
+        name=name,
+        scale=max(report.scale for report in started),
+        singular_values=[math.sqrt(sum(column) / len(started)) for column in zip(*energies, strict=True)],
+        energy_share_r=sum(sum(energy[:rank]) for energy in energies) / sum(totals),
+        energy_share_2r=sum(sum(energy) for energy in energies) / sum(totals),
+        energy_kept=min(report.energy_kept for report in started),
+        experts=len(reports),
+        experts_plain=plain,
+    )
+
+
+@dataclass
+class GradientReport:
+    """
+    The initialisation of one adapter.
+
+    Args:
+        init: its name, such as `"lora_ga"`.
+        samples, items, tokens: used by the probe, over all processes; items are what the loss is a mean over.
+        seconds: wall time of the probe, the factors and the write.
+        probe_seconds: of these, the probe's.
+        probe_bytes: probe state on this process.
+        bytes_sent: handed to all-reduces by this process.
+        loss_before, loss_after: on this process's first probe batch, dropout off, before and after the write. `None`
+            where the probe was read from a file.
+        layers: one report a layer.
+    """
+
+    init: str
+    samples: int
+    items: float
+    tokens: int
+    seconds: float
+    probe_seconds: float
+    probe_bytes: int
+    bytes_sent: int
+    loss_before: float | None
+    loss_after: float | None
+    layers: list[LayerReport]
+
+    def metrics(self) -> dict[str, float]:
+        """Return the figures that trackers get, under `lora_ga/...`."""
+        started = [layer for layer in self.layers if not layer.action.startswith("plain start")]
+        figures = {
+            "samples": self.samples,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "probe_bytes": self.probe_bytes,
+            "bytes_sent": self.bytes_sent,
+            "loss_before": self.loss_before,
+            "loss_after": self.loss_after,
+            "layers_initialised": len(started),
+            "layers_plain": len(self.layers) - len(started),
+            "energy_share_r": _mean([layer.energy_share_r for layer in started]),
+            "energy_share_2r": _mean([layer.energy_share_2r for layer in started]),
+            "energy_kept_min": min((layer.energy_kept for layer in started), default=None),
+        }
+        fused = [layer for layer in self.layers if layer.experts > 1]
+        if fused:
+            figures["experts_plain"] = sum(layer.experts_plain for layer in fused)
+            figures["experts_initialised"] = sum(layer.experts for layer in fused) - figures["experts_plain"]
+        return {f"lora_ga/{name}": value for name, value in figures.items() if value is not None}
+
+    def summary(self) -> str:
+        """Say in one line what happened."""
+        m = self.metrics()
+        plain = f", {m['lora_ga/layers_plain']} left plain" if m["lora_ga/layers_plain"] else ""
+        if m.get("lora_ga/experts_plain"):
+            every = m["lora_ga/experts_plain"] + m["lora_ga/experts_initialised"]
+            plain += f", {m['lora_ga/experts_plain']} of {every} expert weights left plain (zero gradient)"
+        share = ""
+        if "lora_ga/energy_share_r" in m:
+            share = (
+                f"; the top r directions hold {m['lora_ga/energy_share_r']:.0%} of the gradient's energy, the top 2r "
+                f"{m['lora_ga/energy_share_2r']:.0%} (at least {m['lora_ga/energy_kept_min']:.1%} of that found)"
+            )
+        loss = "" if self.loss_before is None else f"; loss {self.loss_before:.4f} -> {self.loss_after:.4f}"
+        return (
+            f"{self.init}: {m['lora_ga/layers_initialised']} layers initialised{plain} from {self.samples} samples "
+            f"({self.tokens} tokens) in {self.seconds:.1f} s with {self.probe_bytes / 2**20:.1f} MiB{share}{loss}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the whole report as plain values."""
+        return asdict(self)
+
+    def to_json(self, path: str | os.PathLike[str]) -> None:
+        """Write the whole report to `path`, whole or not at all."""
+        target = Path(path)
+        partial = target.with_name(target.name + ".partial")
+        # JSON has no NaN or infinity: they become null.
+        content = json.loads(json.dumps(self.to_dict()), parse_constant=lambda name: None)
+        partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        partial.replace(target)
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """
+        Draw the energy share of the top r and 2r directions by layer and module kind, as a picture at `path`.
+
+        Raises:
+            `ImportError`: if matplotlib is not installed.
+        """
+        self._figure().savefig(path)
+
+    def picture(self) -> np.ndarray:  # (height, width, 3)
+        """Return what `plot` draws as bytes of red, green and blue; raises as it does."""
+        figure = self._figure()
+        figure.canvas.draw()
+        return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
+
+    def _figure(self) -> Figure:
+        try:
+            from matplotlib.backends.backend_agg import FigureCanvasAgg
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("GradientReport.plot draws with matplotlib: pip install matplotlib.") from error
+        figure = Figure(figsize=(9, 4.5), dpi=120, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots()
+        for i, (kind, layers) in enumerate(_by_kind(self.layers).items()):
+            depth, colour = range(len(layers)), f"C{i % 10}"
+            axes.plot(depth, [layer.energy_share_2r for layer in layers], "-o", ms=3, color=colour, label=kind)
+            axes.plot(depth, [layer.energy_share_r for layer in layers], ":", color=colour)
+        axes.set(
+            xlabel="layer, in the model's order",
+            ylabel="share of the gradient's energy",
+            ylim=(0, 1.02),
+            title=f"{self.init}: top 2r directions (solid), top r (dotted), {self.samples} samples",
+        )
+        axes.legend(fontsize="small", ncols=2)
+        return figure
+
+
+def _by_kind(layers: Sequence[LayerReport]) -> dict[str, list[LayerReport]]:
+    """
+    Group the layers whose names differ in their numbers only, under what tells the groups apart.
+
+    The last word of a name is not enough: BERT calls four kinds of its layers `dense`.
+    """
+    words = [[word for word in layer.name.split(".") if not word.isdigit()] for layer in layers]
+    columns = zip(*(name[:-1] for name in words), strict=False)
+    shared = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+    kinds: dict[str, list[LayerReport]] = {}
+    for name, layer in zip(words, layers, strict=True):
+        kinds.setdefault(".".join(name[shared:]), []).append(layer)
+    return kinds
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None

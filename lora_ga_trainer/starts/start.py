@@ -1,0 +1,103 @@
+"""From a gradient estimate to written factors: what a start consists of."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..adapters.anchor import start_values
+from ..adapters.layer import AdaptedLayer, is_anchored
+from ..config import LoRAGAConfig
+from ..engines.collectives import mean_over_processes
+from ..engines.parameters import is_sharded, write_parameters
+from ..engines.support import probed_module
+from ..gradients.borrow import borrowed
+from ..gradients.estimate import GradientEstimate
+from ..gradients.probe_file import load_or_estimate
+from ..gradients.samples import mean_loss
+from .compute import compute_starts
+from .report import GradientReport
+
+
+if TYPE_CHECKING:
+    from torch.utils.data import Dataset
+    from transformers import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+def start_adapter(
+    trainer: Trainer,
+    config: LoRAGAConfig,
+    layers: list[AdaptedLayer],
+    probe_dataset: Dataset | None = None,
+) -> GradientReport:
+    """
+    Estimate the gradients, compute the start of every layer and write it.
+
+    All factors are computed before the first is written, so an error leaves the adapter as it was. Each process
+    computes those of its share of the layers and gives them to the others, so that all write the same bits.
+
+    Args:
+        trainer: a trainer inside `on_train_begin`.
+        config: how to start.
+        layers: the adapted layers, anchored already for an init that is.
+        probe_dataset: see [`estimate_gradients`].
+    """
+    begin = time.perf_counter()
+    _require_whole_experts(trainer, layers)
+    estimate = load_or_estimate(trainer, config, layers, probe_dataset)
+    starts, sent = compute_starts(trainer, config, layers, estimate)
+    for layer, (factors, _) in zip(layers, starts, strict=True):
+        if factors is not None:
+            write_parameters(trainer, start_values(layer, *factors))
+    loss_after = _loss_after(trainer, estimate)
+    return GradientReport(
+        init=config.init,
+        samples=estimate.samples,
+        items=estimate.items,
+        tokens=estimate.tokens,
+        seconds=time.perf_counter() - begin,
+        probe_seconds=estimate.seconds,
+        probe_bytes=estimate.nbytes,
+        bytes_sent=estimate.bytes_sent + sent,
+        loss_before=None if loss_after is None else estimate.first_loss,
+        loss_after=loss_after,
+        layers=[report for _, report in starts],
+    )
+
+
+def _require_whole_experts(trainer: Trainer, layers: list[AdaptedLayer]) -> None:
+    for layer in layers:
+        if layer.parameter_name is not None and is_anchored(layer) and trainer.args.n_gpu > 1:
+            raise ValueError(
+                f"{layer.name}: nn.DataParallel, which the Trainer uses on {trainer.args.n_gpu} GPUs without a "
+                "launcher, can't copy an anchored parameter. Start with `accelerate launch`, which gives each GPU a "
+                "process, or show one GPU with CUDA_VISIBLE_DEVICES."
+            )
+        if layer.parameter_name is not None and is_sharded(layer.weight):
+            raise ValueError(
+                f"{layer.name}: this engine spreads the parameter over processes, where PEFT can't adapt it. Leave "
+                "it out of `target_parameters`, or use an engine that keeps it whole."
+            )
+
+
+def _loss_after(trainer: Trainer, estimate: GradientEstimate) -> float | None:
+    """Return the mean loss of the first batches with the written factors, as the probe computed it before."""
+    batch = estimate.first_batch
+    if batch is None:
+        return None
+    model = probed_module(trainer)
+    with borrowed(trainer, model), torch.no_grad(), warnings.catch_warnings():
+        # Reentrant activation checkpointing warns of every pass without gradients; here none are wanted.
+        warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")
+        loss = mean_loss(trainer, model, batch, estimate.first_items).item()
+    loss = mean_over_processes(trainer, loss, estimate.first_items)
+    if not math.isfinite(loss):
+        logger.warning("The loss after the start is %s. Use a larger gamma, or look at the report's scales.", loss)
+    return loss
