@@ -67,7 +67,7 @@ def anchored(variant: str = "plain", seed: int = 7) -> tuple[PeftModel, list[Ada
     layers = find_adapted_layers(model)
     generator = torch.Generator().manual_seed(seed)
     for layer in layers:
-        (out_features, in_features), r = layer.shape, layer.rank // 2
+        (out_features, in_features), r = layer.shape, layer.stored_rank // 2
         tiny.write_start(
             layer,
             0.3 * torch.randn(out_features, r, generator=generator),
@@ -106,14 +106,14 @@ def test_step_zero_is_exactly_the_base(variant: str) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_expanding_keeps_the_scaling_of_every_layer(variant: str) -> None:
     plain = tiny.with_lora(base_of(variant), **VARIANTS[variant])
-    before = {layer.name: (layer.s, layer.rank) for layer in find_adapted_layers(plain)}
+    before = {layer.name: (layer.s, layer.stored_rank) for layer in find_adapted_layers(plain)}
     user_config = copy.deepcopy(plain.peft_config["default"])
     kept = plain.peft_config["default"]
     prepare_adapter(plain, LoRAGAConfig())
     for layer in find_adapted_layers(plain):
         s, rank = before[layer.name]
         assert layer.s == pytest.approx(s, rel=1e-15)
-        assert layer.rank == 2 * rank
+        assert layer.stored_rank == 2 * rank
     assert kept.r == user_config.r, "the user's own LoraConfig must not change"
     assert kept.rank_pattern == user_config.rank_pattern
 
@@ -130,7 +130,7 @@ def test_training_leaves_the_base_and_b0_alone_and_the_halves_in_lockstep(varian
         if name in frozen:
             assert torch.equal(parameter, frozen[name]), name
     for layer in layers:
-        (A_start, B_start), r = start[layer.name], layer.rank // 2
+        (A_start, B_start), r = start[layer.name], layer.stored_rank // 2
         A, B = layer.lora_A.weight.detach(), layer.lora_B.weight.detach()
         assert torch.equal(B[:, r:], B_start[:, r:]), f"{layer.name}: B0 moved"
         assert not torch.equal(B[:, :r], B_start[:, :r])
@@ -145,11 +145,11 @@ def test_training_leaves_the_base_and_b0_alone_and_the_halves_in_lockstep(varian
 def test_every_elementwise_optimizer_gives_both_halves_the_same_update(optimizer: Any) -> None:
     model, layers = anchored()
     before = [layer.lora_A.weight.detach().clone() for layer in layers]
-    frozen = [layer.lora_B.weight.detach()[:, layer.rank // 2 :].clone() for layer in layers]
+    frozen = [layer.lora_B.weight.detach()[:, layer.stored_rank // 2 :].clone() for layer in layers]
     settings = {"weight_decay": 0.0, "lr": 1e-3}
     train(model, "plain", 1, optimizer([p for p in model.parameters() if p.requires_grad], **settings))
     for layer, A, B0 in zip(layers, before, frozen, strict=True):
-        r = layer.rank // 2
+        r = layer.stored_rank // 2
         update = layer.lora_A.weight.detach() - A
         torch.testing.assert_close(update[:r], update[r:], rtol=0, atol=1e-7)
         assert torch.equal(layer.lora_B.weight.detach()[:, r:], B0)
@@ -224,7 +224,7 @@ def test_bf16_output_stays_within_one_percent_of_its_fp64_value_after_100_steps(
     in_fp64 = x.double() @ (B.weight.double() @ A.weight.double()).T
     assert (in_bf16 - in_fp64).norm() < 0.01 * in_fp64.norm()
     # The same delta written as [A; A0], [B, -B0] cancels, which is why it is not stored so.
-    r = layer.rank // 2
+    r = layer.stored_rank // 2
     u, v = A.weight[:r], A.weight[r:]
     b, B0 = B.weight[:, :r], B.weight[:, r:]
     cancelling = (x @ torch.cat([u, u - v]).T) @ torch.cat([b + B0, -B0], dim=1).T
@@ -346,7 +346,7 @@ def test_the_norm_counts_the_gradient_of_a_once() -> None:
     mine = torch.nn.utils.get_total_norm(list(counted_gradients(model)))
     true = 0.0
     for layer in layers:
-        r = layer.rank // 2
+        r = layer.stored_rank // 2
         true += layer.lora_A.weight.grad[:r].square().sum() + layer.lora_B.weight.grad[:, :r].square().sum()
     assert mine.item() == pytest.approx(math.sqrt(true.item()), rel=1e-6)
 

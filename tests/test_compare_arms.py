@@ -192,7 +192,7 @@ def started(task: Task, name: str) -> LoRAGATrainer:
 def test_the_random_start_has_the_lengths_of_lora_ga_and_other_directions(task):
     ours, random = started(task, "lora_ga"), started(task, "random_orthogonal")
     for like, other in zip(find_adapted_layers(ours.model), find_adapted_layers(random.model), strict=True):
-        r = like.rank // 2
+        r = like.stored_rank // 2
         A, B = other.stored_A[:r].detach(), other.stored_B[:, r:].detach()
         scale = like.stored_A[:r].detach().norm(dim=1).mean()
         torch.testing.assert_close(A @ A.T, scale**2 * torch.eye(r), rtol=1e-4, atol=1e-5)
@@ -215,7 +215,7 @@ def test_lora_ga_free_starts_as_lora_ga_and_then_moves_every_part(task):
     free.train()
     step = delta(free.model)
     for layer in find_adapted_layers(tied.model):  # to first order the step is the same: dB dA is all that lacks
-        r = layer.rank // 2
+        r = layer.stored_rank // 2
         second_order = layer.s * (layer.stored_B[:, :r] @ layer.stored_A[r:]).detach()
         expected = delta(tied.model)[layer.name] - second_order
         torch.testing.assert_close(step[layer.name], expected, rtol=1e-4, atol=1e-3 * second_order.abs().max().item())
@@ -223,7 +223,7 @@ def test_lora_ga_free_starts_as_lora_ga_and_then_moves_every_part(task):
     trainer.train()
     for layer in find_adapted_layers(trainer.model):
         A, B = begin[layer.name]
-        r = layer.rank // 2
+        r = layer.stored_rank // 2
         assert not torch.equal(layer.stored_B[:, r:], B[:, r:])
         moved = layer.stored_A - A
         assert not torch.allclose(moved[:r], moved[r:])
@@ -235,7 +235,7 @@ def test_asymmetric_lora_trains_b_alone_on_orthonormal_rows(task):
     trainer.train()
     for layer in find_adapted_layers(trainer.model):
         A = layer.stored_A.detach()
-        torch.testing.assert_close(A @ A.T, torch.eye(layer.rank), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(A @ A.T, torch.eye(layer.stored_rank), rtol=1e-5, atol=1e-5)
         assert torch.equal(A, before[layer.name])
         assert layer.stored_B.any()
     trained, stored = count_numbers(trainer.model)
@@ -255,7 +255,7 @@ def test_peft_lora_ga_reads_the_gradient_of_the_mean_over_all_items(task):
     layers = find_adapted_layers(adapted)
     assert len(layers) == 14
     for layer in layers:
-        Vt = torch.linalg.svd(gradients[layer.name], full_matrices=False).Vh[: 2 * layer.rank]
+        Vt = torch.linalg.svd(gradients[layer.name], full_matrices=False).Vh[: 2 * layer.stored_rank]
         A = layer.stored_A.detach()
         torch.testing.assert_close(A @ Vt.T @ Vt, A, rtol=1e-3, atol=1e-3 * A.abs().max().item())
 
@@ -263,7 +263,7 @@ def test_peft_lora_ga_reads_the_gradient_of_the_mean_over_all_items(task):
 def test_eva_starts_from_the_directions_in_which_the_inputs_of_the_layers_vary(task):
     trainer = trainer_of(task, "eva")
     layers = {layer.name: layer for layer in find_adapted_layers(trainer.model)}
-    assert sum(layer.rank for layer in layers.values()) == pytest.approx(4 * len(layers), abs=len(layers))
+    assert sum(layer.stored_rank for layer in layers.values()) == pytest.approx(4 * len(layers), abs=len(layers))
     seen = {name: [] for name in layers}
     for name, layer in layers.items():
         layer.base.register_forward_hook(lambda module, args, output, kept=seen[name]: kept.append(args[0].detach()))
@@ -274,8 +274,8 @@ def test_eva_starts_from_the_directions_in_which_the_inputs_of_the_layers_vary(t
         inputs = torch.cat([x.flatten(0, 1) for x in seen[name]])
         inputs = inputs - inputs.mean(dim=0)
         A = layer.stored_A.detach()
-        torch.testing.assert_close(A @ A.T, torch.eye(layer.rank), rtol=1e-3, atol=1e-3)
-        best = torch.linalg.svdvals(inputs)[: layer.rank].square().sum()
+        torch.testing.assert_close(A @ A.T, torch.eye(layer.stored_rank), rtol=1e-3, atol=1e-3)
+        best = torch.linalg.svdvals(inputs)[: layer.stored_rank].square().sum()
         # PEFT adds up batches and stops when directions settle, so not all; at random it would be about an eighth.
         assert (inputs @ A.T).square().sum() > 0.8 * best
 

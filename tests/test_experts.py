@@ -114,7 +114,7 @@ def test_shape_s_and_layout_describe_what_peft_adds_to_each_expert(family: str) 
     ]
     plain = MODELS[family]()
     for layer in layers:
-        assert (layer.experts, layer.rank, layer.s) == (4, 3, 2.0)
+        assert (layer.experts, layer.stored_rank, layer.s) == (4, 3, 2.0)
         assert layer.shape == {"gate_up_proj": (48, 32), "down_proj": (32, 24)}[layer.parameter_name]
         assert torch.equal(layer.weight, plain.get_parameter(layer.name))
         A, B = split_A(layer.stored_A, 4), split_B(layer.stored_B, 4)
@@ -457,7 +457,7 @@ def anchored(make: Any = tiny.qwen3_moe, seed: int = 7, **changes: Any) -> PeftM
     prepare_adapter(model, LoRAGAConfig())
     generator = torch.Generator().manual_seed(seed)
     for layer in find_adapted_layers(model):
-        (out_features, in_features), r, E = layer.shape, layer.rank // 2, layer.experts
+        (out_features, in_features), r, E = layer.shape, layer.stored_rank // 2, layer.experts
         B0 = 0.3 * torch.randn(E, out_features, r, generator=generator)
         tiny.write_start(layer, B0, 0.3 * torch.randn(E, r, in_features, generator=generator))
     record_of_model(model).initialised = True
@@ -555,12 +555,12 @@ def test_equals_lora_ga_on_a_changed_base_for_20_adamw_steps_in_fp64() -> None:
 
 @pytest.mark.parametrize("changes", [{}, {"use_rslora": True}, {"rank_pattern": {"mlp.experts.down_proj": 2}}])
 def test_expanding_keeps_the_scaling(changes: dict[str, Any]) -> None:
-    before = {layer.name: (layer.s, layer.rank) for layer in expert_layers(adapted(**changes))}
+    before = {layer.name: (layer.s, layer.stored_rank) for layer in expert_layers(adapted(**changes))}
     after = anchored(**changes)
     for layer in expert_layers(after):
         s, rank = before[layer.name]
         assert layer.s == pytest.approx(s, rel=1e-15)
-        assert layer.rank == 2 * rank
+        assert layer.stored_rank == 2 * rank
         assert layer.stored_A.shape == (layer.experts * 2 * rank, layer.shape[1])
     if "rank_pattern" in changes:
         assert {rank for _, rank in before.values()} == {2, 3}, "the pattern must reach the experts"

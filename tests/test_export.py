@@ -97,7 +97,7 @@ def test_the_config_says_r_equals_alpha_and_nothing_else_of_the_scale(tmp_path):
     assert config["rank_pattern"] == config["alpha_pattern"] == {}
     assert config["inference_mode"] is True
     layers = find_lora_layers(load(tiny.llama(), tmp_path))
-    assert {(layer.rank, layer.s) for layer in layers} == {(3, 1.0)}
+    assert {(layer.stored_rank, layer.s) for layer in layers} == {(3, 1.0)}
 
 
 @pytest.mark.parametrize("rslora", [False, True])

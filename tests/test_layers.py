@@ -48,8 +48,8 @@ def test_shape_and_s_describe_what_the_adapter_does_to_the_output(make):
         out, in_ = layer.shape
         W, A, B = layer.dense_weight(), layer.lora_A.weight, layer.lora_B.weight
         assert W.shape == (out, in_)
-        assert A.shape == (layer.rank, in_)
-        assert B.shape == (out, layer.rank)
+        assert A.shape == (layer.stored_rank, in_)
+        assert B.shape == (out, layer.stored_rank)
         x = torch.randn(3, in_, generator=generator)
         expected = x @ (W + layer.s * B @ A).T + (0 if layer.base.bias is None else layer.base.bias)
         torch.testing.assert_close(layer.module(x), expected, rtol=1e-4, atol=1e-5)
@@ -83,7 +83,7 @@ def test_rank_and_alpha_patterns_are_read_layer_by_layer():
             tiny.llama(), r=4, lora_alpha=8, rank_pattern={"q_proj": 2, "down_proj": 3}, alpha_pattern={"q_proj": 5}
         )
     )
-    found = {name.rsplit(".", 1)[-1]: (layer.rank, layer.s) for name, layer in layers.items()}
+    found = {name.rsplit(".", 1)[-1]: (layer.stored_rank, layer.s) for name, layer in layers.items()}
     assert found["q_proj"] == (2, 5 / 2)
     assert found["down_proj"] == (3, 8 / 3)
     assert found["k_proj"] == (4, 8 / 4)
@@ -147,7 +147,7 @@ def test_only_the_active_adapter_is_read(model):
     layers = find_adapted_layers(model)
     assert active_adapter(model) == "second"
     assert [layer.name.rsplit(".", 1)[-1] for layer in layers] == ["q_proj", "q_proj"]
-    assert {(layer.rank, layer.s) for layer in layers} == {(2, 1.5)}
+    assert {(layer.stored_rank, layer.s) for layer in layers} == {(2, 1.5)}
     assert layers[0].lora_A is layers[0].module.lora_A["second"]
 
 

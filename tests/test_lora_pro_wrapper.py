@@ -11,7 +11,6 @@ from torch import nn
 
 from lora_ga_trainer import LoRAGAConfig, LoRAProOptimizer, correct_gradients
 from lora_ga_trainer.adapters.find import find_adapted_layers
-from lora_ga_trainer.adapters.layer import is_anchored
 from lora_ga_trainer.starts.prepare import prepare_adapter
 
 
@@ -303,7 +302,7 @@ def test_an_anchored_adapter_is_lora_ga_on_a_changed_base(name):
             backward(model)
             optimizer.step()
         for layer, start_B, start_A in zip(find_adapted_layers(model), B0, A0, strict=True):
-            if is_anchored(layer):
+            if layer.is_anchored:
                 A, AmA0 = layer.lora_A.weight.chunk(2)
                 torch.testing.assert_close(A - start_A, AmA0, rtol=0, atol=1e-13)
                 assert torch.equal(layer.lora_B.weight[:, 3:], start_B), "B0 must stay frozen"

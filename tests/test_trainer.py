@@ -411,7 +411,9 @@ def test_hyperparameter_search_starts_every_trial_anew(tmp_path: Any) -> None:
     trainer.train()
     assert trainer.lora_ga_report is not first_report
     assert_bitwise(first, adapter_of(trainer))
-    assert find_adapted_layers(trainer.model)[0].rank == 8, "the user's LoraConfig must not grow with every trial"
+    assert find_adapted_layers(trainer.model)[0].stored_rank == 8, (
+        "the user's LoraConfig must not grow with every trial"
+    )
 
 
 def test_the_callback_alone_gives_the_same_start(tmp_path: Any) -> None:
@@ -486,7 +488,7 @@ def test_clipping_counts_the_gradient_of_a_once(tmp_path: Any) -> None:
             if state.global_step == 0:
                 total = 0.0
                 for layer in find_adapted_layers(model):
-                    r = layer.rank // 2
+                    r = layer.stored_rank // 2
                     total += layer.lora_A.weight.grad[:r].square().sum().item()
                     total += layer.lora_B.weight.grad.square().sum().item()
                 seen["clipped"] = total**0.5

@@ -438,7 +438,7 @@ def test_dpo_after_sft_on_one_anchored_adapter_refers_to_what_sft_made(trl: Modu
         A, B = f"{name}.lora_A.default.weight", f"{name}.lora_B.default.weight"
         upper, lower = (after[A] - before[A]).chunk(2)
         torch.testing.assert_close(upper, lower, rtol=0, atol=1e-7)
-        assert torch.equal(after[B][:, layer.rank // 2 :], before[B][:, layer.rank // 2 :])
+        assert torch.equal(after[B][:, layer.stored_rank // 2 :], before[B][:, layer.stored_rank // 2 :])
         assert not torch.equal(after[A], before[A])
     dpo.save_model()
     trained = logits_of(dpo.model)

@@ -24,8 +24,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from .find import active_adapter
-from .layer import AdaptedLayer, is_anchored
-from .storage import AnchoredA, AnchoredB, AnchoredExpertsA, AnchoredExpertsB, join_A, join_B, split_A
+from .layer import AdaptedLayer
+from .storage import join_A, join_B, split_A
 
 
 if TYPE_CHECKING:
@@ -80,10 +80,10 @@ def _anchor(
     B: nn.Parameter,  # (out, 2r * E)
 ) -> None:
     """Put anchored modules around factors in delta form, keeping the bias of `lora_B`."""
-    bare = layer.parameter_name is not None
-    lora_A = _build(AnchoredExpertsA if bare else AnchoredA, A, None)
+    kind_A, kind_B = layer.anchored_modules
+    lora_A = _build(kind_A, A, None)
     lora_A.experts = layer.experts
-    layer.module.lora_B[layer.adapter] = _build(AnchoredExpertsB if bare else AnchoredB, B, layer.lora_B.bias)
+    layer.module.lora_B[layer.adapter] = _build(kind_B, B, layer.lora_B.bias)
     layer.module.lora_A[layer.adapter] = lora_A
 
 
@@ -109,7 +109,7 @@ def start_values(
     """
     device = layer.stored_A.device
     B0, A0 = (factor.to(device) if factor.dim() == 3 else factor[None].to(device) for factor in (B0, A0))
-    if is_anchored(layer):
+    if layer.is_anchored:
         A = join_A(torch.cat([A0, torch.zeros_like(A0)], dim=1))
         B = join_B(torch.cat([torch.zeros_like(B0), B0], dim=2))
         return [(layer.stored_A, A), (layer.stored_B, B)]

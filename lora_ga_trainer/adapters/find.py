@@ -159,7 +159,7 @@ def find_lora_pairs(model: nn.Module) -> tuple[list[AdaptedLayer], dict[str, nn.
 def _is_linear_pair(pair: AdaptedLayer) -> bool:
     if pair.adapter not in pair.module.lora_A:
         return False
-    A, B, r = pair.lora_A, pair.lora_B, pair.rank
+    A, B, r = pair.lora_A, pair.lora_B, pair.stored_rank
     out_features, in_features = pair.shape
     # A single bare parameter has the shapes of a linear layer, and counts as one unless it is anchored: then
     # `lora_A.weight` is not the parameter.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -11,13 +12,18 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.pytorch_utils import Conv1D
 
-from ..engines.parameters import read_parameter
-from .storage import AnchoredA
+from ..engines.parameters import is_sharded, read_parameter
+from .storage import AnchoredA, AnchoredB, AnchoredExpertsA, AnchoredExpertsB
 
 
 @dataclass(frozen=True)
 class AdaptedLayer:
     """One linear layer of the base model with the LoRA factors that PEFT put around it."""
+
+    # Whether the layer has an input `x` and an output `y` of its own, from which its gradient can be read.
+    has_inputs: ClassVar[bool] = True
+    # The modules that `lora_A` and `lora_B` become when the layer is anchored.
+    anchored_modules: ClassVar[tuple[type[AnchoredA], type[AnchoredB]]] = (AnchoredA, AnchoredB)
 
     name: str  # inside the base model, as `base_model.named_modules()` spells it
     module: LoraLayer
@@ -32,11 +38,6 @@ class AdaptedLayer:
     def weight(self) -> Tensor:
         """The frozen weight as it is stored."""
         return self.base.weight
-
-    @property
-    def parameter_name(self) -> str | None:
-        """What `target_parameters` calls the weight inside `base`; `None` for a layer of `target_modules`."""
-        return None
 
     @property
     def experts(self) -> int:
@@ -54,9 +55,19 @@ class AdaptedLayer:
         return self.module.out_features, self.module.in_features
 
     @property
-    def rank(self) -> int:
-        """The rank PEFT knows: that of the stored factors."""
+    def stored_rank(self) -> int:
+        """The rank that PEFT knows: 2r in an anchored layer, r in any other."""
         return self.module.r[self.adapter]
+
+    @property
+    def rank(self) -> int:
+        """r, the rank of the factors that learn."""
+        return self.stored_rank // 2 if self.is_anchored else self.stored_rank
+
+    @property
+    def is_anchored(self) -> bool:
+        """Whether the factors are in delta form and tied."""
+        return isinstance(self.lora_A, AnchoredA)
 
     @property
     def s(self) -> float:
@@ -73,13 +84,24 @@ class AdaptedLayer:
 
     @property
     def stored_A(self) -> nn.Parameter:
-        """The parameter of `lora_A`: `(experts * rank, in)`."""
+        """The parameter of `lora_A`: `(experts * stored_rank, in)`."""
         return self.lora_A._parameters["weight"]
 
     @property
     def stored_B(self) -> nn.Parameter:
-        """The parameter of `lora_B`: `(out, rank * experts)`."""
+        """The parameter of `lora_B`: `(out, stored_rank * experts)`."""
         return self.lora_B._parameters["weight"]
+
+    def require_whole(self, copies: int) -> None:
+        """
+        Refuse a layer whose factors can't be written where the model runs.
+
+        Args:
+            copies: of the model that `nn.DataParallel` makes in this process.
+
+        Raises:
+            `ValueError`: naming the layer. A linear layer is never refused.
+        """
 
     @property
     def uses_dora(self) -> bool:
@@ -141,6 +163,9 @@ class AdaptedExperts(AdaptedLayer):
     PEFT adds `s B A` to the parameter itself, so the layer has no input and output of its own.
     """
 
+    has_inputs = False
+    anchored_modules = (AnchoredExpertsA, AnchoredExpertsB)
+
     @property
     def weight(self) -> Tensor:
         """`(E, out, in)`, `(E, in, out)` where the model stores it so, or `(out, in)`."""
@@ -148,6 +173,7 @@ class AdaptedExperts(AdaptedLayer):
 
     @property
     def parameter_name(self) -> str:
+        """What `target_parameters` calls the weight inside `base`."""
         return self.module.parameter_name
 
     @property
@@ -170,6 +196,19 @@ class AdaptedExperts(AdaptedLayer):
     def stored_weight(self) -> list[Tensor]:
         return [read_parameter(self.weight)]
 
+    def require_whole(self, copies: int) -> None:
+        if self.is_anchored and copies > 1:
+            raise ValueError(
+                f"{self.name}: nn.DataParallel, which the Trainer uses on {copies} GPUs without a launcher, can't "
+                "copy an anchored parameter. Start with `accelerate launch`, which gives each GPU a process, or show "
+                "one GPU with CUDA_VISIBLE_DEVICES."
+            )
+        if is_sharded(self.weight):
+            raise ValueError(
+                f"{self.name}: this engine spreads the parameter over processes, where PEFT can't adapt it. Leave it "
+                "out of `target_parameters`, or use an engine that keeps it whole."
+            )
+
 
 def _parts(value: Tensor) -> list[Tensor]:
     """Take apart a tensor that wraps others (codes and scales)."""
@@ -177,13 +216,3 @@ def _parts(value: Tensor) -> list[Tensor]:
         return [value]
     names, _ = value.__tensor_flatten__()
     return [part for name in names for part in _parts(getattr(value, name))]
-
-
-def is_anchored(layer: AdaptedLayer) -> bool:
-    """Tell whether the layer's factors are in delta form and tied."""
-    return isinstance(layer.lora_A, AnchoredA)
-
-
-def factor_rank(layer: AdaptedLayer) -> int:
-    """Return r, the rank of the factors that learn: half of the stored rank in an anchored layer."""
-    return layer.rank // 2 if is_anchored(layer) else layer.rank

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..adapters.find import find_adapted_layers, require_peft_model
-from ..adapters.layer import AdaptedLayer, factor_rank
+from ..adapters.layer import AdaptedLayer
 from ..config import LoRAGAConfig
 from ..engines.collectives import gather_integers, mean_over_processes, share_from_owners, sum_over_processes
 from ..engines.devices import preserved_rng
@@ -97,7 +97,7 @@ class _Probe:
         self.trainer, self.model, self.config, self.layers = trainer, model, config, layers
         self.loss_scale = loss_scale
         shapes = [(name, layer.shape) for layer in layers for name in layer.matrices]
-        self.estimators = make_estimators(shapes, config, max(factor_rank(layer) for layer in layers))
+        self.estimators = make_estimators(shapes, config, max(layer.rank for layer in layers))
         self.by_index = [[self.estimators[name] for name in layer.matrices] for layer in layers]
         self.hits = [0] * len(layers)
         self.met: list[int] = []  # layers in the order in which this backward pass reached them
@@ -118,8 +118,8 @@ class _Probe:
 
     @contextmanager
     def _taps(self) -> Iterator[None]:
-        bare = [index for index, layer in enumerate(self.layers) if layer.parameter_name is not None]
-        linear = [index for index, layer in enumerate(self.layers) if layer.parameter_name is None]
+        bare = [index for index, layer in enumerate(self.layers) if not layer.has_inputs]
+        linear = [index for index, layer in enumerate(self.layers) if layer.has_inputs]
         layers = {self.layers[index].name: self.layers[index].base for index in linear}
         places = [(self.layers[index].base, self.layers[index].parameter_name) for index in bare]
         with (

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..adapters.find import require_peft_model
-from ..adapters.layer import AdaptedLayer, factor_rank
+from ..adapters.layer import AdaptedLayer
 from ..config import LoRAGAConfig
 from ..engines.collectives import gather_integers
 from ..saving.fingerprint import fingerprint_base, fingerprint_dataset, fingerprint_heads
@@ -168,12 +168,12 @@ def _require_use(
             "LoRAGAConfig(allow_unreached=True) to start them as plain LoRA."
         )
     for layer in layers:
-        needed = min(2 * factor_rank(layer), *layer.shape)
+        needed = min(2 * layer.rank, *layer.shape)
         directions = min(estimators[name].directions for name in layer.matrices)
         if directions < needed:
             raise ValueError(
                 f"probe_file={config.probe_file!r} holds {directions} directions of layer "
-                f"{layer.name}, rank {factor_rank(layer)} needs {needed}. Delete it to probe anew with a larger "
+                f"{layer.name}, rank {layer.rank} needs {needed}. Delete it to probe anew with a larger "
                 "sketch_size, or name another file."
             )
 

@@ -16,6 +16,10 @@ from .recovery import TopSVD
 if TYPE_CHECKING:
     from ..config import LoRAGAConfig
 
+# What a start can ask for beside singular pairs: mean squares of the layer's input and output-gradient per feature, or
+# the leading directions of their second moments.
+NEEDS = ("second_moments", "covariance_directions")
+
 Factors = tuple[Tensor, Tensor]  # B0 (out, r), A0 (r, in)
 
 
@@ -49,6 +53,7 @@ class Init:
             stored in delta form of rank 2r (see `lora_ga_trainer.adapters.anchor`). Otherwise `s B0 A0` is itself
             a step.
         pairs: singular pairs of `G` that it uses for each unit of rank, at most 2.
+        needs: what it asks for beside these, of [`NEEDS`]; nothing else is gathered.
         factors: makes `B0 (out, r)`, `A0 (r, in)` from the top `min(2r, out, in)` pairs of `G`, none of them zero
             altogether.
     """
@@ -58,6 +63,7 @@ class Init:
     anchored: bool
     pairs: int
     factors: Callable[[TopSVD, Place, LoRAGAConfig], Factors]
+    needs: frozenset[str] = frozenset()
 
 
 def _lora_ga(top: TopSVD, place: Place, config: LoRAGAConfig) -> Factors:

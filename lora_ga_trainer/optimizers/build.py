@@ -122,7 +122,7 @@ def _peft_optimizer(trainer: Trainer, model: Any, config: LoRAGAConfig) -> Optim
             loraplus_weight_decay=decay,
             **options,
         )
-    bare = [layer.name for layer in find_adapted_layers(model) if layer.parameter_name is not None]
+    bare = [layer.name for layer in find_adapted_layers(model) if not layer.has_inputs]
     if bare:
         raise ValueError(
             f"riemannian_reg={config.riemannian_reg}: {bare[0]} is a parameter of `target_parameters`, whose stored "

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.find import find_lora_pairs
-from ..adapters.layer import AdaptedLayer, factor_rank, is_anchored
+from ..adapters.layer import AdaptedLayer
 from ..engines.parameters import like_parameter, whole
 from ..maths.lora_pro import (
     CUTOFF,
@@ -71,9 +71,9 @@ def _stack(
 ) -> PairBatch:
     dtype = torch.promote_types(torch.promote_types(weights_A[0].dtype, weights_B[0].dtype), torch.float32)
     A, B, gA, gB = (torch.stack(tensors).to(dtype) for tensors in values)
-    if is_anchored(pairs[0]):
+    if pairs[0].is_anchored:
         # Stored: [A; A - A0] with tied gradients, [B - B0, B0] with the gradient of B in the first half.
-        r = factor_rank(pairs[0])
+        r = pairs[0].rank
         A, gA, gB = A[:, :r], gA[:, :r], gB[..., :r]
         B = B[..., :r] + B[..., r:]
     s = torch.tensor([pair.s for pair in pairs], dtype=torch.float64, device=A.device)
@@ -97,7 +97,7 @@ def decompose_batches(batches: Sequence[PairBatch]) -> list[GramEigen]:
 
 def stored_factors(batch: PairBatch) -> tuple[Tensor, Tensor]:  # (L, k, in), (L, out, k)
     """Return stacked `lora_A.weight`, `lora_B.weight`, whose product times `s` is the net change of `W`."""
-    if not is_anchored(batch.pairs[0]):
+    if not batch.pairs[0].is_anchored:
         return batch.A, batch.B
     A = torch.stack([whole(weight.detach()) for weight in batch.weights_A])
     B = torch.stack([whole(weight.detach()) for weight in batch.weights_B])
@@ -120,7 +120,7 @@ def stored_form(
     In an anchored layer both halves of `A` get the change, so that they stay tied, and `B0` gets zero. A factor that
     is sharded gets its shard of the change.
     """
-    if is_anchored(batch.pairs[0]):
+    if batch.pairs[0].is_anchored:
         dA = torch.cat([dA, dA], dim=1)
         dB = torch.cat([dB, torch.zeros_like(dB)], dim=2)
     dAs, dBs = dA.to(batch.weights_A[0].dtype).unbind(), dB.to(batch.weights_B[0].dtype).unbind()

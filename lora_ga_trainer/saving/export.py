@@ -43,11 +43,11 @@ def export_adapter(model: PeftModel, folder: str | os.PathLike[str], rank: int) 
     adapter = active_adapter(model)
     layers = find_lora_layers(model)
     for layer in layers:
-        if layer.parameter_name is not None:
+        if not layer.has_inputs:
             raise ValueError(
                 f"export_adapter: {layer.name} is a parameter of `target_parameters` ({layer.experts} experts); only "
                 "the factors of linear layers can be truncated. Serve the adapter at its stored rank "
-                f"({layer.rank}), or merge it with `merge_and_unload()`."
+                f"({layer.stored_rank}), or merge it with `merge_and_unload()`."
             )
     tensors = get_peft_model_state_dict(model, adapter_name=adapter)
     errors, lost, whole = {}, 0.0, 0.0

@@ -8,7 +8,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from ..adapters.layer import AdaptedLayer, factor_rank
+from ..adapters.layer import AdaptedLayer
 from ..config import LoRAGAConfig
 from ..engines.collectives import share_from_owners
 from ..gradients.estimate import GradientEstimate
@@ -30,9 +30,7 @@ def compute_starts(
 ) -> tuple[list[tuple[Factors | None, LayerReport]], int]:
     """Return what [`_compute_start`] does for every layer, the same on every process, and the bytes this one sent."""
     rank, size = trainer.accelerator.process_index, trainer.accelerator.num_processes
-    wanted = {
-        name: min(2 * factor_rank(layer), *layer.shape) for layer in layers[rank::size] for name in layer.matrices
-    }
+    wanted = {name: min(2 * layer.rank, *layer.shape) for layer in layers[rank::size] for name in layer.matrices}
     tops = top_svds(estimate.estimators, wanted)
     mine, place = {}, 0
     for index, layer in enumerate(layers):
@@ -54,7 +52,7 @@ def compute_starts(
 
 
 def _empty_factors(layer: AdaptedLayer) -> Factors:
-    E, (out_features, in_features), r = layer.experts, layer.shape, factor_rank(layer)
+    E, (out_features, in_features), r = layer.experts, layer.shape, layer.rank
     return torch.empty(E, out_features, r), torch.empty(E, r, in_features)
 
 
@@ -76,7 +74,7 @@ def _compute_start(
         *(_start_matrix(layer, e, index + e, estimate, tops, config, weight) for e, weight in enumerate(of_expert)),
         strict=True,
     )
-    report = reports[0] if layer.parameter_name is None else report_experts(layer.name, reports)
+    report = reports[0] if layer.has_inputs else report_experts(layer.name, reports)
     if all(start is None for start in starts):
         return None, report
     done = next(start for start in starts if start is not None)
@@ -109,7 +107,7 @@ def _start_matrix(
     weight: Tensor | None,
 ) -> tuple[Factors | None, LayerReport]:
     """Return `B0 (out, r)`, `A0 (r, in)` of one weight, or `None` for a plain start, and what to report."""
-    r, (out_features, in_features) = factor_rank(layer), layer.shape
+    r, (out_features, in_features) = layer.rank, layer.shape
     m = min(out_features, in_features)
     name = layer.matrices[expert]
     top = tops[name]

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..adapters.anchor import expand_adapter
 from ..adapters.find import active_adapter, find_adapted_layers, is_trained, require_peft_model
-from ..adapters.layer import AdaptedLayer, is_anchored
+from ..adapters.layer import AdaptedLayer
 from ..config import LoRAGAConfig
 from ..maths.inits import INITS
 from ..saving.fingerprint import fingerprint_base
@@ -107,7 +107,7 @@ def _require_plain_start(adapter: str, config: LoraConfig, layers: list[AdaptedL
             "starts can't be combined. Use init_lora_weights=True in the LoraConfig, or LoRAGAConfig(init='none')."
         )
     for layer in layers:
-        if is_anchored(layer):
+        if layer.is_anchored:
             raise ValueError(
                 f"Layer {layer.name}: the factors are anchored but the adapter's config has lost its record."
             )

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..adapters.anchor import start_values
-from ..adapters.layer import AdaptedLayer, is_anchored
+from ..adapters.layer import AdaptedLayer
 from ..config import LoRAGAConfig
 from ..engines.collectives import mean_over_processes
-from ..engines.parameters import is_sharded, write_parameters
+from ..engines.parameters import write_parameters
 from ..engines.support import probed_module
 from ..gradients.borrow import borrowed
 from ..gradients.estimate import GradientEstimate
@@ -50,7 +50,8 @@ def start_adapter(
         probe_dataset: see [`estimate_gradients`].
     """
     begin = time.perf_counter()
-    _require_whole_experts(trainer, layers)
+    for layer in layers:
+        layer.require_whole(trainer.args.n_gpu)
     estimate = load_or_estimate(trainer, config, layers, probe_dataset)
     starts, sent = compute_starts(trainer, config, layers, estimate)
     for layer, (factors, _) in zip(layers, starts, strict=True):
@@ -70,21 +71,6 @@ def start_adapter(
         loss_after=loss_after,
         layers=[report for _, report in starts],
     )
-
-
-def _require_whole_experts(trainer: Trainer, layers: list[AdaptedLayer]) -> None:
-    for layer in layers:
-        if layer.parameter_name is not None and is_anchored(layer) and trainer.args.n_gpu > 1:
-            raise ValueError(
-                f"{layer.name}: nn.DataParallel, which the Trainer uses on {trainer.args.n_gpu} GPUs without a "
-                "launcher, can't copy an anchored parameter. Start with `accelerate launch`, which gives each GPU a "
-                "process, or show one GPU with CUDA_VISIBLE_DEVICES."
-            )
-        if layer.parameter_name is not None and is_sharded(layer.weight):
-            raise ValueError(
-                f"{layer.name}: this engine spreads the parameter over processes, where PEFT can't adapt it. Leave "
-                "it out of `target_parameters`, or use an engine that keeps it whole."
-            )
 
 
 def _loss_after(trainer: Trainer, estimate: GradientEstimate) -> float | None:
