@@ -12,8 +12,8 @@ from PIL import Image
 
 from lora_ga_trainer import LoRAGAConfig, LoRAGATrainer
 from lora_ga_trainer.adapters.find import find_adapted_layers
-from lora_ga_trainer.callback import REPORT_NAME
 from lora_ga_trainer.starts.report import Action, GradientReport, LayerReport
+from lora_ga_trainer.starts.tracking import REPORT_NAME
 
 
 def layer(name, action=Action.INITIALISED, share=0.5, kept=1.0):
