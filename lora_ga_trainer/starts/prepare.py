@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig
 from torch import nn
+from transformers import Trainer
 
 from ..adapters.anchor import expand_adapter
 from ..adapters.find import active_adapter, find_adapted_layers, is_trained, require_peft_model
 from ..adapters.layer import AdaptedLayer
 from ..config import LoRAGAConfig
+from ..engines.support import require_supported
+from ..gradients.probe_file import require_probe_folder
+from ..gradients.rollouts import require_repeatable
 from ..maths.inits import INITS
 from ..saving.fingerprint import fingerprint_base
 from ..saving.record import StartRecord, attach_record, record_of_model
 
+
+if TYPE_CHECKING:
+    from torch.utils.data import Dataset
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +47,31 @@ def require_config(config: Any) -> LoRAGAConfig:
             "own preprocess_loraga, which this package replaces."
         )
     return config
+
+
+def prepare_trainer(trainer: Trainer, config: LoRAGAConfig, probe_dataset: Dataset | None = None) -> None:
+    """
+    Check all of a trainer that a start depends on, then prepare the adapter of its model.
+
+    Raises:
+        `ValueError`: naming the engine, the setting, the data set or the adapter that can't be used.
+    """
+    require_supported(trainer)
+    require_probe_folder(config)
+    require_repeatable(trainer, config)
+    dataset = trainer.train_dataset if probe_dataset is None else probe_dataset
+    if hasattr(dataset, "__len__") and len(dataset) == 0:
+        raise ValueError(
+            "The data set that the probe would read is empty (0 examples). Check the filters and the split that made "
+            "it."
+        )
+    prepare_adapter(trainer.model, config, optimizer=trainer.optimizer)
+
+
+def only_evaluates(trainer: Trainer, probe_dataset: Dataset | None) -> bool:
+    """Tell whether there is nothing to train on, so that any adapter will do as it is."""
+    own = type(trainer).get_train_dataloader is Trainer.get_train_dataloader
+    return trainer.train_dataset is None and probe_dataset is None and own
 
 
 def prepare_adapter(model: nn.Module, config: LoRAGAConfig, optimizer: torch.optim.Optimizer | None = None) -> None:

@@ -98,7 +98,7 @@ def _parse_arm(name: str, config: LoRAGAConfig, lora: LoraArguments) -> Arm:
     if plus and not METHODS[method].correctable:
         raise ValueError(f"arm {name!r}: {method} has no plain pairs of factors, which {correction} corrects.")
     chosen = dict(_parse_option(name, option) for option in options)
-    shared = {**config.to_dict(), "gamma": None}  # each init has a default of its own
+    shared = {**config.to_dict(), "gamma": None}  # an arm that names none has the default of its init
     of_arm = {"init": METHODS[method].init, "correction": correction or "none", **METHODS[method].settings}
     try:
         arm_config = LoRAGAConfig(**{**shared, **of_arm, **_only(chosen, _CONFIG_FIELDS)})
