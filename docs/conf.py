@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from typing import Any
 
@@ -56,10 +55,6 @@ def _mark_code(lines: list[str]) -> list[str]:
 
 def _render_docstring(app: Any, what: str, name: str, subject: Any, options: Any, lines: list[str]) -> None:
     """Turn a docstring in Hugging Face format into what napoleon reads. Runs before it."""
-    if dataclasses.is_dataclass(subject) and "Args:" not in lines:
-        fields = [field for field in dataclasses.fields(subject) if "help" in field.metadata]
-        if fields:
-            lines += ["", "Args:", *(f"    {field.name}: {field.metadata['help']}" for field in fields)]
     # Errors stand in backticks there; napoleon wants their bare names.
     text = re.sub(r"^(\s+)`(\w+)`:", r"\1\2:", "\n".join(_mark_code(lines)), flags=re.MULTILINE)
     lines[:] = re.sub(r"\[`([\w.]+)`\]", _link, text).split("\n")
