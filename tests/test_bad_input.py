@@ -1,4 +1,4 @@
-"""What can't be started says what is wrong, where, and what to do; it says so early and leaves every weight alone.
+"""Bad input: the error says what is wrong, where, and what to do, early, and leaves every weight alone.
 
 Each case runs through `LoRAGATrainer` and through `Trainer` with a bare `LoRAGACallback`.
 """

@@ -1,4 +1,4 @@
-"""Which layers of a model carry LoRA. With `adapted_layer` all that knows PEFT's insides."""
+"""Find the layers of a model that carry LoRA."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One layer that carries LoRA: its shapes, scale, factors and weight. With `layers` all that knows PEFT's insides."""
+"""One layer that carries LoRA: its shapes, scale, factors and weight."""
 
 from __future__ import annotations
 

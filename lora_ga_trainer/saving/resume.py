@@ -1,4 +1,4 @@
-"""Tell whether a checkpoint continues the start that a model was prepared for, before anything is loaded."""
+"""Check that a checkpoint continues the start a model was prepared for, before anything is loaded."""
 
 from __future__ import annotations
 

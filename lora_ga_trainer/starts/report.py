@@ -1,4 +1,4 @@
-"""What was initialised and how well: one line for the log, numbers for trackers, JSON, a picture."""
+"""Report of a start: one line for the log, numbers for trackers, JSON and a picture."""
 
 from __future__ import annotations
 
