@@ -37,15 +37,15 @@ def _link(match: re.Match[str]) -> str:
     return f":py:obj:`~lora_ga_trainer.{name}`" if public else f"`{name}`"
 
 
-def _mark_code(lines: list[str]) -> list[str]:
-    """Mark the indented examples between paragraphs as code, up to the first section such as `Args:`."""
+def _mark_code(lines: list[str], language: str) -> list[str]:
+    """Mark the indented blocks between paragraphs as code, up to the first section such as `Args:`."""
     marked: list[str] = []
     in_example = in_sections = False
     for line in lines:
         in_sections = in_sections or re.fullmatch(r"[A-Z]\w+:", line) is not None
         starts = line.startswith("    ") and bool(marked) and not marked[-1]
         if starts and not in_example and not in_sections:
-            marked += [".. code-block:: python", ""]
+            marked += [f".. code-block:: {language}", ""]
             in_example = True
         elif line and not line.startswith(" "):
             in_example = False
@@ -56,7 +56,8 @@ def _mark_code(lines: list[str]) -> list[str]:
 def _render_docstring(app: Any, what: str, name: str, subject: Any, options: Any, lines: list[str]) -> None:
     """Turn a docstring in Hugging Face format into what napoleon reads. Runs before it."""
     # Errors stand in backticks there; napoleon wants their bare names.
-    text = re.sub(r"^(\s+)`(\w+)`:", r"\1\2:", "\n".join(_mark_code(lines)), flags=re.MULTILINE)
+    code = "\n".join(_mark_code(lines, "text" if what == "module" else "python"))
+    text = re.sub(r"^(\s+)`(\w+)`:", r"\1\2:", code, flags=re.MULTILINE)
     lines[:] = re.sub(r"\[`([\w.]+)`\]", _link, text).split("\n")
 
 
