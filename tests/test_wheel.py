@@ -65,7 +65,7 @@ print(lora_ga_trainer.__version__)
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build from a copy, so that no `build/` of the checkout is read and none is left there; the wheel from the sdist."""
+    """Build the sdist, and the wheel from it, in a copy: an old `build/` of the checkout must not be read."""
     copy = tmp_path_factory.mktemp("copy")
     leave = shutil.ignore_patterns("__pycache__")
     for name in ("lora_ga_trainer", "recipes", "tests"):
