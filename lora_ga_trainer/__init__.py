@@ -2,9 +2,31 @@
 Start LoRA adapters where the gradient of the full weights points.
 
 Letters, used in every signature, docstring and test:
-`W` frozen base weight `(out, in)`; `G = dL/dW` `(out, in)`; `A` `(r, in)`, `B` `(out, r)` LoRA factors; `s` PEFT's
-scaling of the layer (`alpha / r`, with rsLoRA `alpha / sqrt(r)`); adapted weight `W + s B A`. `G = U S V^T`; `[G]_k`
-its best rank-k approximation; `N` tokens of one pass; `k` columns of a sketch.
+
+    W      frozen base weight (out, in)
+    G      gradient dL/dW (out, in), G = U S V^T; [G]_k is its best rank-k approximation
+    A, B   LoRA factors (r, in) and (out, r) that learn; A0, B0 their start
+    s      PEFT's scaling of a layer, alpha / r, or alpha / sqrt(r) with rsLoRA; the adapted weight is W + s B A
+    r      rank of the factors that learn; an anchored adapter is stored with rank 2r
+    c      common length of the rows of A0 and the columns of B0 (LoRA-GA)
+    x, dy  input (N, in) and output-gradient (N, out) of a layer, G = dy^T x; N tokens of one pass
+    Omega  (in, k) and Psi (out, k): test matrices of a sketch, which keeps Y = G Omega and Z = G^T Psi
+    k      columns of a sketch
+    E      experts of a fused layer, each with factors of its own; 1 in a linear layer
+    L      layers of one shape that are worked on as a stack
+    gA, gB gradients of A and B as autograd gives them; dA, dB the same after LoRA-Pro's correction; X its free matrix
+
+Words, one for each thing:
+
+    init         a rule that makes A0 and B0 from a gradient, an entry of `INITS`
+    start        what is done with it: probe, compute the factors, write them, report
+    probe        the passes over training samples that estimate G
+    accumulator  the sum of one layer's gradient over the probe: whole (exact) or as a sketch
+    estimate     what the probe hands over: the accumulators of all layers and what they were averaged over
+    anchored     stored in delta form, [A; A - A0] and [B - B0, B0], so that the base is never changed
+    layer        one adapted weight, or the fused weights of all experts of a block
+    pair         the factors A and B of a layer as an optimizer steps them
+    engine       what runs the processes: one process, DDP, FSDP or DeepSpeed ZeRO
 """
 
 from .callback import LoRAGACallback

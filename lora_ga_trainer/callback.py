@@ -1,8 +1,7 @@
-"""When the adapter is prepared and when it is initialised; nothing else."""
+"""The two moments of a start: the adapter is prepared with the trainer, and initialised when training begins."""
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -14,27 +13,20 @@ from transformers import Trainer, TrainerCallback
 
 from .adapters.find import find_adapted_layers
 from .config import LoRAGAConfig, asked_for
-from .engines.support import require_supported
-from .gradients.probe_file import require_probe_folder
-from .gradients.rollouts import require_repeatable
 from .optimizers.engine_step import EngineStep, install_engine_step
-from .optimizers.weight_decay import keep_out_of_weight_decay, require_sound_optimizer
+from .optimizers.weight_decay import require_sound_optimizer
+from .patches import patch_trainer
 from .saving.record import StartRecord, record_of_model, write_record
-from .saving.resume import check_checkpoints
 from .starts.head_warmup import warm_heads, warm_up_heads
-from .starts.prepare import prepare_adapter, require_config
+from .starts.prepare import only_evaluates, prepare_trainer, require_config
 from .starts.report import GradientReport
 from .starts.start import start_adapter
-from .starts.tracking import send_picture
+from .starts.tracking import publish
 
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
     from transformers import TrainerControl, TrainerState, TrainingArguments
-
-logger = logging.getLogger(__name__)
-
-REPORT_NAME = "lora_ga_report.json"
 
 
 class LoRAGACallback(TrainerCallback):
@@ -48,12 +40,12 @@ class LoRAGACallback(TrainerCallback):
     initialised it is never initialised again: not on a second `train()`, a retry of `auto_find_batch_size` or a
     resume.
 
-    Two methods of this trainer instance are wrapped: `get_decay_parameter_names` leaves anchored parameters out of
-    weight decay, and `train` checks a checkpoint before it is loaded (with `resume_from_checkpoint=True` it takes the
-    newest that was written to its end). [`LoRAGAMixin`] adds what a callback can't: it counts the tied halves once in
-    the clipping norm, prepares the new model of each `hyperparameter_search` trial, and builds optimizers
-    (`correction`, `loraplus_lr_ratio`, `riemannian_reg`). With the callback alone the norm counts the gradient of
-    every anchored `A` twice.
+    Two methods of this trainer instance are wrapped, see `lora_ga_trainer.patches`: `get_decay_parameter_names` leaves
+    anchored parameters out of weight decay, and `train` checks a checkpoint before it is loaded (with
+    `resume_from_checkpoint=True` it takes the newest that was written to its end). [`LoRAGAMixin`] adds what a
+    callback can't: it counts the tied halves once in the clipping norm, prepares the new model of each
+    `hyperparameter_search` trial, and builds optimizers (`correction`, `loraplus_lr_ratio`, `riemannian_reg`). With
+    the callback alone the norm counts the gradient of every anchored `A` twice.
 
     Args:
         trainer: the trainer the callback is added to.
@@ -77,18 +69,14 @@ class LoRAGACallback(TrainerCallback):
         self.report: GradientReport | None = None
         self.engine_step: EngineStep | None = None
         self._warm_model: Callable[[], nn.Module | None] = lambda: None
-        _require_optimizer_builder(trainer, self.config)
-        self._evaluates = _only_evaluates(trainer, probe_dataset)
+        overrides = getattr(trainer, "overrides_trainer_methods", False)
+        if not overrides:
+            _require_no_optimizer(self.config)
+        self._evaluates = only_evaluates(trainer, probe_dataset)
         if self.config.init != "none" and not self._evaluates:
-            require_supported(trainer)
-            require_probe_folder(self.config)
-            require_repeatable(trainer, self.config)
-            _require_examples(trainer.train_dataset if probe_dataset is None else probe_dataset)
-            prepare_adapter(trainer.model, self.config, optimizer=trainer.optimizer)
-        if record_of_model(trainer.model) is not None:
-            if self.config.correction != "lora_pro_adamw":
-                keep_out_of_weight_decay(trainer)
-            check_checkpoints(trainer)
+            prepare_trainer(trainer, self.config, probe_dataset)
+        if not overrides and record_of_model(trainer.model) is not None:
+            patch_trainer(trainer)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -115,7 +103,7 @@ class LoRAGACallback(TrainerCallback):
         with warm_heads(self.trainer, self.config) if self._is_cold(model) else nullcontext():
             self.report = start_adapter(self.trainer, self.config, find_adapted_layers(model), self.probe_dataset)
         self._warm_model = weakref.ref(model)
-        self._publish(self.report)
+        publish(self.trainer, self.report)
 
     def _is_cold(self, model: nn.Module) -> bool:
         """Tell whether the heads of a model are to be trained first and were not yet."""
@@ -135,41 +123,12 @@ class LoRAGACallback(TrainerCallback):
             )
         return record
 
-    def _publish(self, report: GradientReport) -> None:
-        trainer = self.trainer
-        started = report.metrics()["lora_ga/layers_initialised"]
-        logger.log(logging.INFO if started else logging.WARNING, report.summary())
-        # Not trainer.log: a class that overrides it flushes running figures of its own there (TRL's do).
-        Trainer.log(trainer, report.metrics())
-        send_picture(trainer, report)
-        if not trainer.is_world_process_zero():
-            return
-        folder = Path(trainer.args.output_dir)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            report.to_json(folder / REPORT_NAME)
-        except OSError as error:
-            logger.warning("%s was not written (%s). Training goes on.", folder / REPORT_NAME, error)
 
-
-def _require_optimizer_builder(trainer: Trainer, config: LoRAGAConfig) -> None:
+def _require_no_optimizer(config: LoRAGAConfig) -> None:
+    """Refuse what a bare callback has no say in."""
     what = asked_for(config)
-    if what is not None and not getattr(trainer, "builds_its_optimizer", False):
+    if what is not None:
         raise ValueError(
             f"LoRAGACallback: {what} is built when the Trainer makes its optimizer, where a callback has no say. Use "
             "LoRAGATrainer or LoRAGAMixin, or pass `optimizers=(LoRAProOptimizer(...), None)` to the Trainer yourself."
-        )
-
-
-def _only_evaluates(trainer: Trainer, probe_dataset: Dataset | None) -> bool:
-    """Tell whether there is nothing to train on, so that any adapter will do as it is."""
-    own = type(trainer).get_train_dataloader is Trainer.get_train_dataloader
-    return trainer.train_dataset is None and probe_dataset is None and own
-
-
-def _require_examples(dataset: Any) -> None:
-    if hasattr(dataset, "__len__") and len(dataset) == 0:
-        raise ValueError(
-            "The data set that the probe would read is empty (0 examples). Check the filters and the split that made "
-            "it."
         )

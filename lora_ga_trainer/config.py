@@ -1,9 +1,10 @@
-"""What a user can choose: one dataclass, checked when it is made."""
+"""The user's choices: one dataclass, checked when it is made."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+import re
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from .maths.inits import INITS
@@ -19,6 +20,27 @@ CORRECTIONS = ("none", "lora_pro", "lora_pro_adamw")
 STATE_DTYPES = ("float32", "bfloat16")
 
 
+# What is added to the help of a field that names an entry of a registry.
+_REGISTERED = {"init": lambda: "".join(f" {name!r} ({init.about})." for name, init in INITS.items())}
+
+
+def _document_fields(config: type) -> type:
+    """Copy what the class docstring says of each field into its metadata, where argument parsers look for it."""
+    if config.__doc__ is None:  # python -OO
+        return config
+    _, _, listed = config.__doc__.partition("Args:\n")
+    for entry in re.split(r"\n {8}(?=\w)", listed.partition("\n\n")[0].lstrip()):
+        name, _, text = entry.partition(": ")
+        registered = _REGISTERED[name]() if name in _REGISTERED else ""
+        config.__dataclass_fields__[name].metadata = {"help": " ".join(text.split()) + registered}
+    return config
+
+
+class _DefaultGamma(float):
+    """The gamma of an init where the user named none. It gives way to that of another init, as `None` does."""
+
+
+@_document_fields
 @dataclass
 class LoRAGAConfig:
     """
@@ -27,119 +49,60 @@ class LoRAGAConfig:
     Every field has the default of its paper or of a measurement named beside it, and every value is checked here,
     before a model is loaded.
 
+    Args:
+        init: Where the adapter starts: a name of the registry `INITS`, or 'none' (PEFT's own start; the trainer is
+            then transformers.Trainer to the bit, unless head_warmup_steps, a correction or another optimizer is set).
+        num_samples: Training examples that the gradient is averaged over, counted over all processes.
+        direction: LoRA-GA: which of the top 2r singular pairs of the gradient go to A and which to B. 'ArB2r': A the
+            first r, B the next r; 'A2rBr': the reverse; 'ArBr': alternating; 'random': a seeded split.
+        scale: LoRA-GA: the common length c of the rows of A0 and the columns of B0. 'stable': out^(1/4)/sqrt(gamma);
+            'unit': 1; 'gd': 1/s; 'weight_svd': mean of sqrt(S_W[:r]/s) over the singular values of the base weight.
+        gamma: The larger, the shorter the start. Default: 16 for LoRA-GA, 128 for LoRA-One (the papers').
+        estimator: 'sketch' keeps small products of the gradient with test matrices; 'exact' keeps all of it in fp32.
+            Layers for which the exact form is smaller than the sketch use it by themselves.
+        sketch_size: Columns k of the sketch, at least 2r. Default: 8 times the largest rank;
+            lora_ga_trainer.gradients.sketch says what each size keeps.
+        correction: How the optimizer corrects the adapter's gradients (LoRA-Pro, arXiv 2407.18242). 'lora_pro': the
+            optimizer of the training arguments, whichever it is, steps with corrected gradients. 'lora_pro_adamw':
+            AdamW on the equivalent gradient of the full weight; it keeps two buffers of the size of every adapted
+            weight and wants a learning rate of full fine-tuning. Needs LoRAGATrainer or LoRAGAMixin.
+        lora_pro_state_dtype: Dtype of the moments that 'lora_pro_adamw' keeps: 'float32' or 'bfloat16'.
+        lora_pro_offload_state: Keep the moments of 'lora_pro_adamw' in the host's memory.
+        loraplus_lr_ratio: Use PEFT's LoRA+ optimizer: the learning rate of B is this many times that of A (arXiv
+            2402.12354). Not together with a correction. Needs LoRAGATrainer or LoRAGAMixin.
+        riemannian_reg: Use PEFT's Riemannian-preconditioned optimizer with this damping (arXiv 2402.02347; LoRA-One's
+            preconditioner). Not together with a correction or init='lora_ga'. PEFT puts every parameter into one
+            group, so weight decay reaches biases too. Needs LoRAGATrainer or LoRAGAMixin.
+        head_warmup_steps: Steps that train only `modules_to_save` (a fresh classification head, say) before the
+            gradient is taken, so that it is not the gradient of a random head.
+        head_warmup_learning_rate: Learning rate of the AdamW that runs the head's warm-up steps.
+        allow_unreached: Leave an adapted layer that the loss never reaches at PEFT's own start instead of raising.
+        probe_file: A .safetensors file for the gradient estimate. If it exists it is read instead of running the probe
+            (it must come from the same base, the same heads in `modules_to_save`, data and settings); otherwise it is
+            written.
+        probe_seed: Seed of the sketch's test matrices and of the 'random' direction.
+
     Raises:
         `ValueError`: naming the field, the value and what is allowed.
     """
 
-    init: str = field(
-        default="lora_ga",
-        metadata={
-            "help": "Where the adapter starts: "
-            + "".join(f"{name!r} ({init.about}), " for name, init in INITS.items())
-            + "or 'none' (PEFT's own start; the trainer is then transformers.Trainer to the bit, unless "
-            "head_warmup_steps, a correction or another optimizer is set)."
-        },
-    )
-    num_samples: int = field(
-        default=64,
-        metadata={"help": "Training examples that the gradient is averaged over, counted over all processes."},
-    )
-    direction: str = field(
-        default="ArB2r",
-        metadata={
-            "help": "LoRA-GA: which of the top 2r singular pairs of the gradient go to A and which to B. 'ArB2r': A "
-            "the first r, B the next r; 'A2rBr': the reverse; 'ArBr': alternating; 'random': a seeded split."
-        },
-    )
-    scale: str = field(
-        default="stable",
-        metadata={
-            "help": "LoRA-GA: the common length c of the rows of A0 and the columns of B0. 'stable': "
-            "out^(1/4)/sqrt(gamma); 'unit': 1; 'gd': 1/s; 'weight_svd': mean of sqrt(S_W[:r]/s) over the singular "
-            "values of the base weight."
-        },
-    )
-    gamma: float | None = field(
-        default=None,
-        metadata={
-            "help": "The larger, the shorter the start. Default: 16 for LoRA-GA, 128 for LoRA-One (the papers')."
-        },
-    )
-    estimator: str = field(
-        default="sketch",
-        metadata={
-            "help": "'sketch' keeps small products of the gradient with test matrices; 'exact' keeps all of it in "
-            "fp32. Layers for which the exact form is smaller than the sketch use it by themselves."
-        },
-    )
-    sketch_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Columns k of the sketch, at least 2r. Default: 8 times the largest rank; "
-            "lora_ga_trainer.gradients.sketch says what each size keeps."
-        },
-    )
-    correction: str = field(
-        default="none",
-        metadata={
-            "help": "How the optimizer corrects the adapter's gradients (LoRA-Pro, arXiv 2407.18242). 'lora_pro': the "
-            "optimizer of the training arguments, whichever it is, steps with corrected gradients. 'lora_pro_adamw': "
-            "AdamW on the equivalent gradient of the full weight; it keeps two buffers of the size of every adapted "
-            "weight and wants a learning rate of full fine-tuning. Needs LoRAGATrainer or LoRAGAMixin."
-        },
-    )
-    lora_pro_state_dtype: str = field(
-        default="float32",
-        metadata={"help": "Dtype of the moments that 'lora_pro_adamw' keeps: 'float32' or 'bfloat16'."},
-    )
-    lora_pro_offload_state: bool = field(
-        default=False,
-        metadata={"help": "Keep the moments of 'lora_pro_adamw' in the host's memory."},
-    )
-    loraplus_lr_ratio: float | None = field(
-        default=None,
-        metadata={
-            "help": "Use PEFT's LoRA+ optimizer: the learning rate of B is this many times that of A (arXiv "
-            "2402.12354). Not together with a correction. Needs LoRAGATrainer or LoRAGAMixin."
-        },
-    )
-    riemannian_reg: float | None = field(
-        default=None,
-        metadata={
-            "help": "Use PEFT's Riemannian-preconditioned optimizer with this damping (arXiv 2402.02347; LoRA-One's "
-            "preconditioner). Not together with a correction or init='lora_ga'. PEFT puts every parameter into one "
-            "group, so weight decay reaches biases too. Needs LoRAGATrainer or LoRAGAMixin."
-        },
-    )
-    head_warmup_steps: int = field(
-        default=0,
-        metadata={
-            "help": "Steps that train only `modules_to_save` (a fresh classification head, say) before the gradient "
-            "is taken, so that it is not the gradient of a random head."
-        },
-    )
-    head_warmup_learning_rate: float = field(
-        default=1e-3,
-        metadata={"help": "Learning rate of the AdamW that runs the head's warm-up steps."},
-    )
-    allow_unreached: bool = field(
-        default=False,
-        metadata={
-            "help": "Leave an adapted layer that the loss never reaches at PEFT's own start instead of raising."
-        },
-    )
-    probe_file: str | None = field(
-        default=None,
-        metadata={
-            "help": "A .safetensors file for the gradient estimate. If it exists it is read instead of running the "
-            "probe (it must come from the same base, the same heads in `modules_to_save`, data and settings); "
-            "otherwise it is written."
-        },
-    )
-    probe_seed: int = field(
-        default=0,
-        metadata={"help": "Seed of the sketch's test matrices and of the 'random' direction."},
-    )
+    init: str = "lora_ga"
+    num_samples: int = 64
+    direction: str = "ArB2r"
+    scale: str = "stable"
+    gamma: float | None = None
+    estimator: str = "sketch"
+    sketch_size: int | None = None
+    correction: str = "none"
+    lora_pro_state_dtype: str = "float32"
+    lora_pro_offload_state: bool = False
+    loraplus_lr_ratio: float | None = None
+    riemannian_reg: float | None = None
+    head_warmup_steps: int = 0
+    head_warmup_learning_rate: float = 0.001
+    allow_unreached: bool = False
+    probe_file: str | None = None
+    probe_seed: int = 0
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -159,13 +122,14 @@ class LoRAGAConfig:
                 continue
             if type(value) is not int or value < least:
                 raise ValueError(f"LoRAGAConfig: {name}={value!r} must be a whole number of at least {least}.")
-        if self.gamma is None:
-            self.gamma = INITS[self.init].default_gamma if self.init in INITS else 16.0
+        # `dataclasses.replace` hands over the gamma that it finds: a default must not pass for the user's choice.
+        if self.gamma is None or isinstance(self.gamma, _DefaultGamma):
+            self.gamma = _DefaultGamma(INITS[self.init].default_gamma if self.init in INITS else 16.0)
         for name in ("gamma", "head_warmup_learning_rate", "loraplus_lr_ratio", "riemannian_reg"):
             value = getattr(self, name)
             if value is None and name in ("loraplus_lr_ratio", "riemannian_reg"):
                 continue
-            if type(value) not in (int, float) or not 0 < value < math.inf:
+            if type(value) not in (int, float, _DefaultGamma) or not 0 < value < math.inf:
                 raise ValueError(
                     f"LoRAGAConfig: {name}={value!r} must be a number greater than 0. (YAML reads 1e-3 as a word and "
                     "1.0e-3 as a number.)"
@@ -176,7 +140,21 @@ class LoRAGAConfig:
         if not isinstance(self.probe_file, (str, type(None))):
             raise ValueError(f"LoRAGAConfig: probe_file={self.probe_file!r} must be a path as a string, or None.")
 
+        self._require_read_fields()
         self._require_one_optimizer()
+
+    def _require_read_fields(self) -> None:
+        """Refuse a field that the chosen init does not read: it would do nothing."""
+        read = INITS[self.init].reads if self.init in INITS else frozenset()
+        fields = self.__dataclass_fields__
+        given = {"gamma": not isinstance(self.gamma, _DefaultGamma)}
+        given.update((name, getattr(self, name) != fields[name].default) for name in ("direction", "scale"))
+        for name, is_given in given.items():
+            if is_given and name not in read:
+                raise ValueError(
+                    f"LoRAGAConfig: {name}={getattr(self, name)!r} would do nothing with init={self.init!r}, which "
+                    "does not read it. Leave it out, or choose an init that does."
+                )
 
     def _require_one_optimizer(self) -> None:
         """Refuse settings of which each asks for an optimizer of its own, or that would change nothing."""
@@ -202,8 +180,9 @@ class LoRAGAConfig:
                     )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain values that JSON can hold."""
-        return asdict(self)
+        """Return the fields as plain values that JSON can hold; `gamma` is `None` where the user named none."""
+        gamma = None if isinstance(self.gamma, _DefaultGamma) else self.gamma
+        return {**asdict(self), "gamma": gamma}
 
 
 def asked_for(config: LoRAGAConfig) -> str | None:

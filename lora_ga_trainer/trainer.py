@@ -1,4 +1,4 @@
-"""The Trainer swap."""
+"""Trainers to swap for `transformers.Trainer`, and the mixin for any other one."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from .callback import LoRAGACallback
 from .config import LoRAGAConfig, asked_for
 from .engines.support import holds_whole_gradients
 from .optimizers.build import build_optimizer, require_correctable
+from .optimizers.weight_decay import without_anchored
+from .saving.resume import checked_checkpoint
 from .starts.prepare import prepare_adapter, require_config
 from .starts.report import GradientReport
 
@@ -38,7 +40,7 @@ class LoRAGAMixin:
         lora_ga_report (`GradientReport` or `None`): of the initialisation, once `train()` has begun.
     """
 
-    builds_its_optimizer = True  # tells LoRAGACallback that `correction` is in good hands
+    overrides_trainer_methods = True  # tells LoRAGACallback that there is nothing to patch, and optimizers are built
 
     def __init__(
         self,
@@ -63,6 +65,20 @@ class LoRAGAMixin:
         if self.lora_ga_config.init != "none":
             prepare_adapter(model, self.lora_ga_config)
         return model
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """
+        Train as the Trainer does, after a look at the checkpoint to resume from.
+
+        With `resume_from_checkpoint=True` the newest one that was written to its end is taken.
+        """
+        return super().train(checked_checkpoint(self, resume_from_checkpoint), *args, **kwargs)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Name the decayed parameters, without anchored ones unless the optimizer decays their net update."""
+        names = super().get_decay_parameter_names(model)
+        decays_net_update = self.lora_ga_config.correction == "lora_pro_adamw"
+        return names if decays_net_update else without_anchored(names, model)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """

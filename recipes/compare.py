@@ -4,7 +4,7 @@ Compare ways to fine-tune on one task, each at its own best learning rate.
     accelerate launch recipes/compare.py --config recipes/configs/compare_quickstart.yaml --arms lora,lora_ga,full
 
 Every arm gets the same steps a run and a learning-rate sweep of its own; the best rate is then run with the other
-seeds. A best rate at an end of its sweep is no winner: the sweep is extended there. A comparison that was cut off goes
+seeds. A best rate at an end of its sweep does not win: the sweep is extended there. A comparison that was cut off goes
 on where it stopped. `--plan_only true` says what it would cost. `comparison/methods.py` lists the methods.
 """
 

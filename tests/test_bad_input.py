@@ -1,4 +1,4 @@
-"""What can't be started says what is wrong, where, and what to do; it says so early and leaves every weight alone.
+"""Bad input: the error says what is wrong, where, and what to do, early, and leaves every weight alone.
 
 Each case runs through `LoRAGATrainer` and through `Trainer` with a bare `LoRAGACallback`.
 """
@@ -20,7 +20,6 @@ from lora_ga_trainer.adapters.find import find_lora_layers
 from lora_ga_trainer.engines.support import require_supported
 from lora_ga_trainer.optimizers.build import require_correctable
 from lora_ga_trainer.starts.prepare import prepare_adapter
-from lora_ga_trainer.starts.start import _require_whole_experts
 
 
 @pytest.fixture(params=["trainer", "callback"])
@@ -419,12 +418,11 @@ def test_fsdp1_with_flattened_parameters_is_refused():
 
 def test_experts_on_several_gpus_without_a_launcher_are_refused():
     model = get_peft_model(tiny.qwen3_moe(), LoraConfig(r=2, target_parameters=["mlp.experts.down_proj"]))
-    trainer = SimpleNamespace(args=SimpleNamespace(n_gpu=2))
-    _require_whole_experts(trainer, find_lora_layers(model))  # plain factors can be copied
+    for layer in [*find_lora_layers(model), *find_lora_layers(lora())]:  # plain factors can be copied
+        layer.require_whole(copies=2)
     prepare_adapter(model, LoRAGAConfig())
     with pytest.raises(ValueError, match=r"experts\.down_proj: nn\.DataParallel, .* on 2 GPUs.*accelerate launch"):
-        _require_whole_experts(trainer, find_lora_layers(model))
-    _require_whole_experts(trainer, find_lora_layers(lora()))
+        find_lora_layers(model)[0].require_whole(copies=2)
 
 
 @pytest.mark.parametrize("correction", ["lora_pro", "lora_pro_adamw"])

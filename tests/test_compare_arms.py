@@ -401,7 +401,7 @@ def test_the_equivalent_adamw_and_full_fine_tuning_begin_a_decade_lower():
     ("text", "message"),
     [
         ("lorra", "arm 'lorra': there is no method 'lorra'. Did you mean 'lora'"),
-        ("lora+pro", "'pro' is no correction. Use lora_pro or lora_pro_adamw"),
+        ("lora+pro", "'pro' is not a correction. Use lora_pro or lora_pro_adamw"),
         ("full+lora_pro", "full has no plain pairs"),
         ("lora,lora", "stands there twice"),
         ("", "names no arm"),

@@ -1,4 +1,4 @@
-"""Which run of a comparison comes next: every rate, further ones while the best lies at an end, then the seeds."""
+"""The next run of a comparison: every rate, further ones while the best lies at an end, then the seeds."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from dataclasses import fields, replace
 
 import pytest
 from transformers import HfArgumentParser
@@ -116,3 +117,32 @@ def test_a_bad_value_on_the_command_line_is_refused():
 def test_to_dict_survives_json_and_makes_the_same_config(config):
     assert LoRAGAConfig(**json.loads(json.dumps(config.to_dict()))) == config
     assert set(config.to_dict()) == {field.name for field in dataclasses.fields(LoRAGAConfig)}
+
+
+def test_a_default_gamma_gives_way_to_that_of_another_init_and_a_given_one_stays():
+    assert replace(LoRAGAConfig(), init="lora_one").gamma == 128.0
+    assert LoRAGAConfig(**{**LoRAGAConfig().to_dict(), "init": "lora_one"}).gamma == 128.0
+    assert replace(LoRAGAConfig(gamma=16.0), init="lora_one").gamma == 16.0
+    assert LoRAGAConfig(**LoRAGAConfig(gamma=7).to_dict()).gamma == 7
+    assert json.loads(json.dumps(LoRAGAConfig().to_dict()))["gamma"] is None
+
+
+@pytest.mark.parametrize(
+    ("init", "field", "value"),
+    [
+        ("lora_one", "direction", "ArBr"),
+        ("lora_one", "scale", "unit"),
+        ("none", "direction", "random"),
+        ("none", "scale", "gd"),
+        ("none", "gamma", 16.0),
+    ],
+)
+def test_a_field_that_the_init_does_not_read_is_refused(init, field, value):
+    with pytest.raises(ValueError, match=rf"{field}={value!r} would do nothing with init='{init}'"):
+        LoRAGAConfig(**{"init": init, field: value})
+
+
+def test_every_field_is_described_in_the_help_of_the_class_and_of_a_parser():
+    for field in fields(LoRAGAConfig):
+        assert f"\n        {field.name}: " in LoRAGAConfig.__doc__
+        assert len(field.metadata["help"]) > 20

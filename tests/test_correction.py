@@ -92,13 +92,14 @@ def test_the_loss_falls(correction, tmp_path):
     ],
 )
 def test_every_kind_of_adapter(correction, init, changes, tmp_path):
+    gamma = {} if init == "none" else {"gamma": 4.0}
     torch.manual_seed(11)
     trainer = LoRAGATrainer(
         tiny.llama(),
         tiny.arguments(tmp_path),
         train_dataset=tiny.causal_rows(24),
         peft_config=LoraConfig(**LORA, **changes),
-        lora_ga_config=LoRAGAConfig(init=init, correction=correction, num_samples=8, gamma=4.0),
+        lora_ga_config=LoRAGAConfig(init=init, correction=correction, num_samples=8, **gamma),
     )
     before = adapter_of(trainer)
     trainer.train()

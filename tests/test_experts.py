@@ -40,7 +40,7 @@ from lora_ga_trainer.gradients.sketch import SketchedGradient, turn
 from lora_ga_trainer.gradients.tap import tapped_parameters
 from lora_ga_trainer.saving.record import record_of_model
 from lora_ga_trainer.starts.prepare import prepare_adapter
-from lora_ga_trainer.starts.report import ZERO_GRADIENT
+from lora_ga_trainer.starts.report import Action
 from lora_ga_trainer.starts.start import start_adapter
 
 
@@ -395,7 +395,7 @@ def test_without_any_gradient_the_layer_is_a_plain_start(tmp_path: Any) -> None:
     report = start_adapter(in_order(tiny.causal_rows(4), tmp_path, model), exact(num_samples=4), expert_layers(model))
     entries = {entry.name: entry for entry in report.layers}
     dead = entries["model.layers.1.mlp.experts.gate_up_proj"]
-    assert dead.action == ZERO_GRADIENT
+    assert dead.action == Action.ZERO_GRADIENT
     assert (dead.experts_plain, report.metrics()["lora_ga/layers_plain"]) == (4, 1)
 
 

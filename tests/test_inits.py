@@ -14,9 +14,10 @@ from lora_ga_trainer.maths.inits import INITS, Init
 ARGUMENTS = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
 
 
-def top_rows(top, place, config):
+def top_rows(gradient):
     """A0 = V_r^T / gamma, B0 = 0: the first step is the projection of G on its own top directions."""
-    return top.U.new_zeros(top.U.shape[0], place.r), top.Vt[: place.r] / config.gamma
+    top, r = gradient.top, gradient.r
+    return top.U.new_zeros(top.U.shape[0], r), top.Vt[:r] / gradient.gamma
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from reference import lora_pro_adamw_reference
 from test_lora_pro_wrapper import MODELS, anchored, backward, batch, llama, rows_for, same, trainable, values
 from torch import nn
 
-from lora_ga_trainer import LoRAProAdamW, LoRAProOptimizer, lora_pro_adamw
+from lora_ga_trainer import LoRAProAdamW, LoRAProOptimizer
 from lora_ga_trainer.adapters.find import find_adapted_layers
 
 
@@ -247,7 +247,7 @@ def test_bf16_and_fp32_moments_learn_alike():
 def test_the_size_of_a_chunk_changes_nothing(monkeypatch):
     found = []
     for entries in (2**24, 1):
-        monkeypatch.setattr(lora_pro_adamw, "_CHUNK", entries)
+        monkeypatch.setattr("lora_ga_trainer.optimizers.adamw._CHUNK", entries)
         model = llama()
         optimizer = LoRAProAdamW(trainable(model), model, lr=1e-3)
         for _ in range(3):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from lora_ga_trainer import LoRAGAConfig, LoRAGATrainer
-from lora_ga_trainer.starts.report import UNREACHED
+from lora_ga_trainer.starts.report import Action
 
 
 CAUSAL = {"target_modules": ["q_proj", "down_proj"], "r": 2, "lora_alpha": 4}
@@ -268,7 +268,7 @@ def test_a_layer_that_was_never_reached_is_not_left_plain_in_silence(tmp_path):
     lora = {"target_modules": ["q_proj", "aside"]}
     run(tmp_path, base=base(), lora=lora, allow_unreached=True)
     allowed, _ = run(tmp_path, base=base(), lora=lora, allow_unreached=True)
-    assert [item.name for item in allowed.lora_ga_report.layers if item.action == UNREACHED] == ["model.aside"]
+    assert [item.name for item in allowed.lora_ga_report.layers if item.action == Action.UNREACHED] == ["model.aside"]
     with pytest.raises(ValueError, match=r"model\.aside.*allow_unreached"):
         run(tmp_path, base=base(), lora=lora, allow_unreached=False)
 

@@ -53,7 +53,7 @@ def test_the_public_names_are_documented() -> None:
 
 def test_figures_are_not_older_than_their_source() -> None:
     """The sketch's table in the code and the default it argues for agree."""
-    from lora_ga_trainer import sketch
+    from lora_ga_trainer.gradients import sketch
 
     assert "**64, 1/16 1/4 1/2, 64**" in sketch.__doc__
     assert sketch.sketch_columns(lora_ga_trainer.LoRAGAConfig(), 8) == 64

@@ -153,8 +153,8 @@ def test_one_source_of_rows_is_needed():
         ("max_length", 0, "max_length=0 must be at least 1"),
         ("max_eval_samples", 0, "max_eval_samples=0 must be at least 1"),
         ("keep_matching", ["type"], "keep_matching: 'type' has no '='. Write column=expression"),
-        ("drop_matching", ["a=("], r"'\(' is no regular expression of Python's: missing \)"),
-        ("completion_pattern", "*", r"'\*' is no regular expression"),
+        ("drop_matching", ["a=("], r"'\(' is not a regular expression of Python's: missing \)"),
+        ("completion_pattern", "*", r"'\*' is not a regular expression"),
         ("label_words", ["0"], "label_words: '0' has no '='. Write value=word"),
     ],
 )
@@ -263,7 +263,7 @@ def test_hub_rows_come_with_the_names_of_their_classes(monkeypatch):
     ("name", "error", "message"),
     [
         ("nothing.jsonl", FileNotFoundError, "nothing.jsonl: no such file or folder"),
-        ("rows.parquet", ValueError, "'.parquet' is no known format. Use .json, .jsonl"),
+        ("rows.parquet", ValueError, "'.parquet' is not a known format. Use .json, .jsonl"),
         ("empty", ValueError, "no text files at <class>/<name>.txt"),
     ],
 )

@@ -12,11 +12,11 @@ from PIL import Image
 
 from lora_ga_trainer import LoRAGAConfig, LoRAGATrainer
 from lora_ga_trainer.adapters.find import find_adapted_layers
-from lora_ga_trainer.callback import REPORT_NAME
-from lora_ga_trainer.starts.report import INITIALISED, UNREACHED, GradientReport, LayerReport
+from lora_ga_trainer.starts.report import Action, GradientReport, LayerReport
+from lora_ga_trainer.starts.tracking import REPORT_NAME
 
 
-def layer(name, action=INITIALISED, share=0.5, kept=1.0):
+def layer(name, action=Action.INITIALISED, share=0.5, kept=1.0):
     return LayerReport(
         name=name,
         shape=(4, 6),
@@ -46,7 +46,7 @@ def report(**changes):
         "layers": [
             layer("h.0.q", kept=0.9),
             layer("h.0.v", share=0.7),
-            layer("h.1.q", UNREACHED, share=0.0, kept=0.0),
+            layer("h.1.q", Action.UNREACHED, share=0.0, kept=0.0),
         ],
     }
     return GradientReport(**(values | changes))
@@ -79,7 +79,7 @@ def test_metrics_average_over_the_layers_that_were_started():
 
 
 def test_metrics_leave_out_what_is_not_known():
-    found = report(loss_before=None, loss_after=None, layers=[layer("h.0.q", UNREACHED)]).metrics()
+    found = report(loss_before=None, loss_after=None, layers=[layer("h.0.q", Action.UNREACHED)]).metrics()
     assert {name for name in found if "loss" in name or "energy" in name} == set()
     assert found["lora_ga/layers_plain"] == 1
 
@@ -90,7 +90,7 @@ def test_metrics_leave_out_what_is_not_known():
         ({}, ["lora_ga: 2 layers", "1 left plain", "8 samples", "96 tokens", "3.0 MiB", "60%", "80%", "90.0%"], []),
         ({}, ["loss 2.5000 -> 2.2500"], []),
         ({"loss_before": None, "loss_after": None}, ["2 layers"], ["loss"]),
-        ({"layers": [layer("h.0.q", UNREACHED)]}, ["0 layers", "1 left plain"], ["energy"]),
+        ({"layers": [layer("h.0.q", Action.UNREACHED)]}, ["0 layers", "1 left plain"], ["energy"]),
         ({"layers": [layer("h.0.q")], "init": "lora_one"}, ["lora_one: 1 layers"], ["plain"]),
     ],
 )
@@ -198,7 +198,7 @@ def test_a_runs_figures_count_what_was_there(tmp_path):
     # q_proj (32, 32) and down_proj (32, 48) of two layers, in the model's order
     assert [(item.shape, item.rank) for item in found.layers] == [((32, 32), 4), ((32, 48), 4)] * 2
     for item in found.layers:
-        assert item.action == INITIALISED
+        assert item.action == Action.INITIALISED
         assert item.scale == pytest.approx(32**0.25 / math.sqrt(16), rel=1e-5)
         assert len(item.singular_values) == 8
         assert item.singular_values == sorted(item.singular_values, reverse=True)
@@ -251,6 +251,6 @@ def test_a_layer_without_gradient_is_reported_as_plain(tmp_path):
     )
     trainer.train()
     actions = {item.name: item.action for item in trainer.lora_ga_report.layers}
-    assert actions.pop("model.aside") == UNREACHED
-    assert set(actions.values()) == {INITIALISED}
+    assert actions.pop("model.aside") == Action.UNREACHED
+    assert set(actions.values()) == {Action.INITIALISED}
     assert trainer.lora_ga_report.metrics()["lora_ga/layers_plain"] == 1

@@ -9,7 +9,8 @@ import reference
 import torch
 from torch import Tensor
 
-from lora_ga_trainer import LoRAGAConfig, sketch, stacks
+from lora_ga_trainer import LoRAGAConfig
+from lora_ga_trainer.gradients import sketch as sketch_module
 from lora_ga_trainer.gradients.accumulator import ExactGradient
 from lora_ga_trainer.gradients.restore import restore_estimator
 from lora_ga_trainer.gradients.sketch import (
@@ -327,7 +328,7 @@ def test_two_shapes_turn_in_one_call() -> None:
 @pytest.mark.parametrize("limit", [2**28, 1])
 def test_all_layers_at_once_are_each_layer_alone(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sketched and exact layers of several shapes, sizes and ranks, one of them never reached, stacked or not."""
-    monkeypatch.setattr(stacks, "_STACKED_BYTES", limit)
+    monkeypatch.setattr(sketch_module, "_STACKED_BYTES", limit)
     tall, wide, small = (1024, 1280), (1280, 1024), (96, 64)
     few, many = torch.linspace(1, 0.1, 6), SPECTRA["decaying"]()
     layers = {
@@ -346,7 +347,7 @@ def test_all_layers_at_once_are_each_layer_alone(limit: int, monkeypatch: pytest
         run(estimators[name], pairs(spectrum, seed=seed, shape=shape), weight)
     wanted = dict.fromkeys(estimators, 16) | {"b": 8}
     calls = []
-    monkeypatch.setattr(sketch, "recover", lambda *args: calls.append(len(args[0])) or recover(*args))
+    monkeypatch.setattr(sketch_module, "recover", lambda *args: calls.append(len(args[0])) or recover(*args))
     together = top_svds(estimators, wanted)
     assert sorted(calls) == ([1, 1, 3] if limit > 1 else [1] * 5)
     assert list(together["zero"].S) == [0.0] * 16

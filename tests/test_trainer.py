@@ -370,7 +370,7 @@ def test_sft_then_another_trainer_on_the_same_adapter_continues_anchored(tmp_pat
     assert 0 < shift < 0.01
 
 
-def test_auto_find_batch_size_initialises_once(tmp_path: Any) -> None:
+def test_auto_find_batch_size_initialises_once(tmp_path: Any, monkeypatch: Any) -> None:
     class OutOfMemoryOnce(TrainerCallback):
         def __init__(self) -> None:
             self.raised = False
@@ -382,9 +382,7 @@ def test_auto_find_batch_size_initialises_once(tmp_path: Any) -> None:
 
     reports = []
     trainer = swap(tmp_path, auto_find_batch_size=True, callbacks=[OutOfMemoryOnce()])
-    callback = trainer._lora_ga_callback
-    publish = callback._publish
-    callback._publish = lambda report: reports.append(report) or publish(report)
+    monkeypatch.setattr("lora_ga_trainer.callback.publish", lambda trainer, report: reports.append(report))
     trainer.train()
     assert len(reports) == 1
     assert trainer.state.global_step == 4

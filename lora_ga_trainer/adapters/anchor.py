@@ -20,12 +20,13 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
 from .find import active_adapter
 from .layer import AdaptedLayer
-from .storage import join_A, join_B, split_A
+from .storage import AnchoredParamWrapper, join_A, join_B, split_A, split_B
 
 
 if TYPE_CHECKING:
@@ -44,10 +45,41 @@ def expand_adapter(model: PeftModel, layers: list[AdaptedLayer]) -> None:
     grow_alpha = math.sqrt(2.0) if config.use_rslora else 2
     for layer in layers:
         _expand_layer(layer, grow_alpha)
-    config.r *= 2
-    config.lora_alpha *= grow_alpha
-    config.rank_pattern = {key: 2 * rank for key, rank in config.rank_pattern.items()}
-    config.alpha_pattern = {key: grow_alpha * alpha for key, alpha in config.alpha_pattern.items()}
+    _rescale_config(config, 2, grow_alpha)
+
+
+def halve_adapter(model: PeftModel, layers: list[AdaptedLayer]) -> None:
+    """
+    Replace the factors of untrained, plain `layers` by the first half of their rows and columns, `s` unchanged.
+
+    A plain start draws the rows of `A` alike whatever the rank, so that what is left is a plain start of that rank.
+    """
+    config = model.peft_config[active_adapter(model)]
+    shrink_alpha = 1 / math.sqrt(2.0) if config.use_rslora else 0.5
+    for layer in layers:
+        _halve_layer(layer, shrink_alpha)
+    _rescale_config(config, 0.5, shrink_alpha)
+
+
+def _rescale_config(config: LoraConfig, rank: float, alpha: float) -> None:
+    """Multiply every rank and every alpha of a config."""
+    config.r = int(rank * config.r)
+    config.lora_alpha *= alpha
+    config.rank_pattern = {key: int(rank * value) for key, value in config.rank_pattern.items()}
+    config.alpha_pattern = {key: alpha * value for key, value in config.alpha_pattern.items()}
+
+
+@torch.no_grad()
+def _halve_layer(layer: AdaptedLayer, shrink_alpha: float) -> None:
+    A, B = split_A(layer.stored_A, layer.experts), split_B(layer.stored_B, layer.experts)
+    r = layer.stored_rank // 2
+    for linear, factor, value in (
+        (layer.lora_A, layer.stored_A, join_A(A[:, :r].clone())),
+        (layer.lora_B, layer.stored_B, join_B(B[..., :r].clone())),
+    ):
+        linear.weight = nn.Parameter(value.contiguous(), requires_grad=factor.requires_grad)
+        linear.out_features, linear.in_features = value.shape
+    _rescale_layer(layer, r, shrink_alpha)
 
 
 @torch.no_grad()
@@ -60,11 +92,15 @@ def _expand_layer(layer: AdaptedLayer, grow_alpha: float) -> None:
         nn.Parameter(wide_A, requires_grad=layer.stored_A.requires_grad),
         nn.Parameter(wide_B, requires_grad=layer.stored_B.requires_grad),
     )
+    _rescale_layer(layer, 2 * layer.stored_rank, grow_alpha)
+
+
+def _rescale_layer(layer: AdaptedLayer, rank: int, alpha: float) -> None:
+    """Give a layer a new stored rank and multiply its alpha."""
     module, name = layer.module, layer.adapter
-    module.r[name] *= 2
-    module.lora_alpha[name] *= grow_alpha
+    module.r[name] = rank
+    module.lora_alpha[name] *= alpha
     # What PEFT computes when it rebuilds the layer: with rsLoRA it may differ from s in the last bit.
-    rank = module.r[name]
     module.scaling[name] = module.lora_alpha[name] / (math.sqrt(rank) if module.use_rslora[name] else rank)
 
 
@@ -85,6 +121,8 @@ def _anchor(
     lora_A.experts = layer.experts
     layer.module.lora_B[layer.adapter] = _build(kind_B, B, layer.lora_B.bias)
     layer.module.lora_A[layer.adapter] = lora_A
+    if isinstance(layer.module, ParamWrapper):
+        layer.module.__class__ = AnchoredParamWrapper
 
 
 def _build(kind: type[nn.Linear], weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:

@@ -1,4 +1,4 @@
-"""Which layers of a model carry LoRA. With `adapted_layer` all that knows PEFT's insides."""
+"""Find the layers of a model that carry LoRA."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..engines.devices import wide
 from ..engines.parameters import plain_name
-from .layer import AdaptedExperts, AdaptedLayer
+from .layer import AdaptedExperts, AdaptedLayer, variant_of
 from .storage import split_A, split_B
 
 
@@ -104,7 +104,13 @@ def _carries(module: BaseTunerLayer, adapter: str) -> bool:
 def _require_linear(name: str, module: BaseTunerLayer, adapter: str) -> None:
     base = module.get_base_layer()
     linear = isinstance(base, (nn.Linear, Conv1D)) and adapter in module.lora_A
-    if not linear or not isinstance(module.lora_A[adapter], nn.Linear):
+    if linear and not isinstance(module.lora_A[adapter], nn.Linear):
+        raise ValueError(
+            f"Layer {name}: the adapter is a variant of LoRA ({variant_of(module, adapter)}) whose factors are not "
+            "plain matrices, so it can't be given another start. Leave the variant out of the LoraConfig, or use "
+            "LoRAGAConfig(init='none')."
+        )
+    if not linear:
         raise ValueError(
             f"Layer {name}: {type(module).__name__} adapts a {type(base).__name__}, whose weight gradient can't be "
             "read from its input and output. Linear layers (`nn.Linear` and the quantised layers derived from it) and "

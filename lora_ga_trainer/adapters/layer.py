@@ -1,4 +1,4 @@
-"""One layer that carries LoRA: its shapes, scale, factors and weight. With `layers` all that knows PEFT's insides."""
+"""One layer that carries LoRA: its shapes, scale, factors and weight."""
 
 from __future__ import annotations
 
@@ -102,6 +102,11 @@ class AdaptedLayer:
         Raises:
             `ValueError`: naming the layer. A linear layer is never refused.
         """
+
+    @property
+    def variant(self) -> str | None:
+        """The name of the variant of LoRA that PEFT computes here; `None` for plain LoRA and for DoRA."""
+        return variant_of(self.module, self.adapter)
 
     @property
     def uses_dora(self) -> bool:
@@ -208,6 +213,14 @@ class AdaptedExperts(AdaptedLayer):
                 f"{self.name}: this engine spreads the parameter over processes, where PEFT can't adapt it. Leave it "
                 "out of `target_parameters`, or use an engine that keeps it whole."
             )
+
+
+def variant_of(module: LoraLayer, adapter: str) -> str | None:
+    """Name the variant of LoRA that a module of PEFT computes; `None` for plain LoRA and for DoRA."""
+    variant = module.lora_variant.get(adapter)
+    if variant is None or adapter in module.lora_magnitude_vector:
+        return None
+    return type(variant).__name__.removesuffix("LinearVariant")
 
 
 def _parts(value: Tensor) -> list[Tensor]:

@@ -1,19 +1,23 @@
 """
-How PEFT stores the factors of fused experts, one LoRA pair an expert in two matrices. Pure shapes.
+Storage of LoRA factors: PEFT's layout of fused experts, and the modules of factors in delta form.
+
+Fused experts keep one LoRA pair an expert in two matrices:
 
     lora_A.weight  (E * r, in)   seen as (E, r, in): the rows of one expert lie together
     lora_B.weight  (out, r * E)  seen as (out, r, E): the columns of one expert lie E apart
 
-A linear layer is the case `E = 1`.
+A linear layer is the case `E = 1`. See `lora_ga_trainer.adapters.anchor` for what delta form is and why.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
 
@@ -95,10 +99,12 @@ class AnchoredExpertsA(AnchoredA):
     """
     `lora_A` of fused experts in delta form, `(E * 2r, in)`.
 
-    PEFT never calls it: it reads `weight` and adds the product of the factors to the experts' own weights. So reading
-    `weight` where gradients are recorded gives the tied halves, and elsewhere the parameter. The parameter keeps its
-    place and name: saving, loading, copying and moving see a plain `nn.Linear`.
+    PEFT never calls it: it reads `weight` and adds the product of the factors to the experts' own weights. So `weight`
+    gives the tied halves while [`AnchoredParamWrapper`] makes that product, and the parameter to everybody else: for
+    saving, loading, copying and `get_parameter` this is a plain `nn.Linear`.
     """
+
+    makes_product = False
 
     @property
     def stored(self) -> nn.Parameter:
@@ -106,19 +112,48 @@ class AnchoredExpertsA(AnchoredA):
 
     @property
     def weight(self) -> Tensor:
-        return self.tied() if torch.is_grad_enabled() else self.stored
+        return self.tied() if self.makes_product and torch.is_grad_enabled() else self.stored
 
 
 class AnchoredExpertsB(AnchoredB):
     """`lora_B` of fused experts in delta form, `(out, 2r * E)`; read as [`AnchoredExpertsA`] is."""
 
+    makes_product = False
+
     @property
     def stored(self) -> nn.Parameter:
         return self._parameters["weight"]
 
     @property
     def weight(self) -> Tensor:
-        return self.frozen() if torch.is_grad_enabled() else self.stored
+        return self.frozen() if self.makes_product and torch.is_grad_enabled() else self.stored
+
+
+class AnchoredParamWrapper(ParamWrapper):
+    """PEFT's adapter of a bare parameter, whose products are made of tied halves where its factors are anchored."""
+
+    def get_delta_factors(self, adapter_name: str) -> Any:
+        with self._making_product(adapter_name):
+            return super().get_delta_factors(adapter_name)
+
+    def get_delta_weight(self, adapter_name: str, *args: Any, **kwargs: Any) -> Tensor:
+        with self._making_product(adapter_name):
+            return super().get_delta_weight(adapter_name, *args, **kwargs)
+
+    @contextmanager
+    def _making_product(self, adapter_name: str) -> Iterator[None]:
+        factors = [
+            module
+            for module in (self.lora_A[adapter_name], self.lora_B[adapter_name])
+            if isinstance(module, (AnchoredExpertsA, AnchoredExpertsB))
+        ]
+        for module in factors:
+            module.makes_product = True
+        try:
+            yield
+        finally:
+            for module in factors:
+                module.makes_product = False
 
 
 def anchored_parameter_names(model: nn.Module) -> set[str]:

@@ -1,10 +1,14 @@
-"""The starts that `LoRAGAConfig.init` can name. A new one is an entry of `INITS`, and a test of its law."""
+"""
+Registry of the starts that `LoRAGAConfig.init` can name.
+
+A new one is an entry of `INITS`, and a test of its law.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,10 +17,7 @@ from .factors import lora_ga_factors, lora_one_factors
 from .recovery import TopSVD
 
 
-if TYPE_CHECKING:
-    from ..config import LoRAGAConfig
-
-# What a start can ask for beside singular pairs: mean squares of the layer's input and output-gradient per feature, or
+# What an init can ask for beside singular pairs: mean squares of the layer's input and output-gradient per feature, or
 # the leading directions of their second moments.
 NEEDS = ("second_moments", "covariance_directions")
 
@@ -24,21 +25,29 @@ Factors = tuple[Tensor, Tensor]  # B0 (out, r), A0 (r, in)
 
 
 @dataclass(frozen=True)
-class Place:
+class LayerGradient:
     """
-    What a start is told of the layer beside its gradient.
+    Everything that an init gets to see of one weight.
 
     Args:
+        top: the top `min(pairs * r, out, in)` singular pairs of `G`, none of them zero altogether.
         r: rank of the factors.
         s: PEFT's `scaling`.
+        gamma, direction, scale: of the config, `gamma` with its default filled in.
         generator: of whatever is drawn, the same on every process.
         weight_singular_values: of `W`, descending; `None` unless the config's scale asks for them.
+        moments: what `Init.needs` asks for; `None` where it asks for nothing.
     """
 
+    top: TopSVD
     r: int
     s: float
+    gamma: float
+    direction: str
+    scale: str
     generator: torch.Generator
     weight_singular_values: Tensor | None = None  # (min(out, in),)
+    moments: Any = None
 
 
 @dataclass(frozen=True)
@@ -53,39 +62,54 @@ class Init:
             stored in delta form of rank 2r (see `lora_ga_trainer.adapters.anchor`). Otherwise `s B0 A0` is itself
             a step.
         pairs: singular pairs of `G` that it uses for each unit of rank, at most 2.
-        needs: what it asks for beside these, of [`NEEDS`]; nothing else is gathered.
-        factors: makes `B0 (out, r)`, `A0 (r, in)` from the top `min(2r, out, in)` pairs of `G`, none of them zero
-            altogether.
+        factors: makes `B0 (out, r)`, `A0 (r, in)` from what the probe saw of a weight.
+        needs: what it asks for beside singular pairs, of [`NEEDS`]; nothing else is gathered.
+        reads: fields of the config that it reads, of `gamma`, `direction` and `scale`. Any other one is refused where
+            it is set.
     """
 
     about: str
     default_gamma: float
     anchored: bool
     pairs: int
-    factors: Callable[[TopSVD, Place, LoRAGAConfig], Factors]
+    factors: Callable[[LayerGradient], Factors]
     needs: frozenset[str] = frozenset()
+    reads: frozenset[str] = frozenset({"gamma"})
+
+    def __post_init__(self) -> None:
+        unknown = self.needs - set(NEEDS)
+        if unknown:
+            raise ValueError(f"Init.needs={sorted(unknown)} is unknown. Choose from {', '.join(NEEDS)}.")
 
 
-def _lora_ga(top: TopSVD, place: Place, config: LoRAGAConfig) -> Factors:
+def _lora_ga(gradient: LayerGradient) -> Factors:
     return lora_ga_factors(
-        top.U,
-        top.S,
-        top.Vt,
-        place.r,
-        gamma=config.gamma,
-        direction=config.direction,
-        scale=config.scale,
-        s=place.s,
-        weight_singular_values=place.weight_singular_values,
-        generator=place.generator,
+        gradient.top.U,
+        gradient.top.S,
+        gradient.top.Vt,
+        gradient.r,
+        gamma=gradient.gamma,
+        direction=gradient.direction,
+        scale=gradient.scale,
+        s=gradient.s,
+        weight_singular_values=gradient.weight_singular_values,
+        generator=gradient.generator,
     )
 
 
-def _lora_one(top: TopSVD, place: Place, config: LoRAGAConfig) -> Factors:
-    return lora_one_factors(top.U, top.S, top.Vt, place.r, gamma=config.gamma, generator=place.generator)
+def _lora_one(gradient: LayerGradient) -> Factors:
+    U, S, Vt = gradient.top.U, gradient.top.S, gradient.top.Vt
+    return lora_one_factors(U, S, Vt, gradient.r, gamma=gradient.gamma, generator=gradient.generator)
 
 
 INITS = {
-    "lora_ga": Init("LoRA-GA, arXiv 2407.05000", default_gamma=16.0, anchored=True, pairs=2, factors=_lora_ga),
+    "lora_ga": Init(
+        "LoRA-GA, arXiv 2407.05000",
+        default_gamma=16.0,
+        anchored=True,
+        pairs=2,
+        factors=_lora_ga,
+        reads=frozenset({"gamma", "direction", "scale"}),
+    ),
     "lora_one": Init("LoRA-One, arXiv 2502.01235", default_gamma=128.0, anchored=False, pairs=1, factors=_lora_one),
 }

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
-from transformers import Trainer
 
 from ..adapters.storage import anchored_parameter_names
 from ..engines.support import bare_optimizer, optimizer_groups
@@ -13,18 +12,13 @@ from .adamw import LoRAProAdamW
 
 
 if TYPE_CHECKING:
-    pass
+    from transformers import Trainer
 
 
-def keep_out_of_weight_decay(trainer: Trainer) -> None:
-    """Make the trainer's own choice of decayed parameters leave anchored ones out, on this instance."""
-    choose = trainer.get_decay_parameter_names
-
-    def get_decay_parameter_names(model: Any) -> list[str]:
-        anchored = anchored_parameter_names(model)
-        return [name for name in choose(model) if name not in anchored]
-
-    trainer.get_decay_parameter_names = get_decay_parameter_names  # type: ignore[method-assign]
+def without_anchored(names: list[str], model: nn.Module) -> list[str]:
+    """Leave out of the names of decayed parameters those of a model's anchored factors."""
+    anchored = anchored_parameter_names(model)
+    return [name for name in names if name not in anchored]
 
 
 def require_sound_optimizer(trainer: Trainer, model: nn.Module) -> None:

@@ -1,5 +1,5 @@
 """
-Tell a checkpoint that was written to its end from one that was cut short, and choose the newest whole one.
+Find checkpoints that were cut short, and choose the newest whole one.
 
 `trainer_state.json` is the last file that the Trainer writes, but a machine that lost its power may have kept a later
 file and lost a part of an earlier one, so every file that a resume reads is looked into. Only the ends of large files

@@ -61,7 +61,7 @@ def load_adapter(base_model: nn.Module, folder: str | os.PathLike[str], **kwargs
             f"rank {stored} of adapter_config.json. Restore the two files of one save, or delete lora_ga.json to "
             "continue the adapter as a plain LoRA adapter."
         )
-    model.peft_config[adapter] = attach_record(model.peft_config[adapter], record)
+    model.peft_config[adapter] = attach_record(model.peft_config[adapter], record, model)
     if record.anchored:
         tie_adapter(layers)
     return model

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import weakref
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from .json_file import read_json, short
 FILE_NAME = "lora_ga.json"
 _FORMAT = 1
 _MAX_BYTES = 1 << 20
+_OF_RECORD = ("record", "adapter", "_model")  # what a RecordedLoraConfig adds
 _MAX_RANK = 1 << 20  # no weight has as many rows or columns
 
 
@@ -50,28 +53,55 @@ class RecordedLoraConfig(LoraConfig):
     PEFT calls `save_pretrained` of the config from every path that writes an adapter (checkpoints, `save_model`,
     `push_to_hub`, `model.save_pretrained`), so the record needs no other hook. `adapter_config.json` is that of the
     plain `LoraConfig`.
+
+    A user may hand this very object to `model.add_adapter` for a second adapter, and PEFT derives configs of new
+    adapters from it (`add_weighted_adapter`). Neither adapter was started: the record belongs to the adapter that it
+    was attached for, and a derived config has none.
     """
 
-    record: StartRecord
+    record: StartRecord | None = None
+    adapter: str = "default"  # the one that the record tells of
+    _model: Callable[[], PeftModel | None] = staticmethod(lambda: None)  # weak: the model holds this config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         super().save_pretrained(save_directory, **kwargs)
-        if self.record.initialised:
+        if self.record is not None and self.record.initialised and not self._is_of_another(save_directory):
             write_record(self.record, save_directory)
 
+    def _is_of_another(self, folder: str) -> bool:
+        """Tell whether a folder is that of another adapter with this same config: PEFT names it after the adapter."""
+        model = self._model()
+        configs = {} if model is None else model.peft_config
+        sharing = {name for name, config in configs.items() if config is self and name != self.adapter}
+        return Path(folder).name in sharing
 
-def attach_record(config: LoraConfig, record: StartRecord) -> RecordedLoraConfig:
-    """Return `config` as a `RecordedLoraConfig`; every field, private ones included, is carried over."""
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the reference to the model, which can't be pickled."""
+        return {key: value for key, value in self.__dict__.items() if key != "_model"}
+
+
+def attach_record(config: LoraConfig, record: StartRecord, model: PeftModel | None = None) -> RecordedLoraConfig:
+    """
+    Return `config` as a `RecordedLoraConfig`; every field, private ones included, is carried over.
+
+    Args:
+        config: of the adapter.
+        record: of its start.
+        model: that holds the adapter as its active one; default an adapter named `"default"`.
+    """
     recorded = RecordedLoraConfig.__new__(RecordedLoraConfig)
-    recorded.__dict__.update(config.__dict__)
+    recorded.__dict__.update(plain_config(config).__dict__)
     recorded.record = record
+    if model is not None:
+        recorded.adapter = active_adapter(model)
+        recorded._model = weakref.ref(model)
     return recorded
 
 
 def plain_config(config: LoraConfig) -> LoraConfig:
     """Return `config` as a plain `LoraConfig`, without a record."""
     plain = LoraConfig.__new__(LoraConfig)
-    plain.__dict__.update({key: value for key, value in config.__dict__.items() if key != "record"})
+    plain.__dict__.update({key: value for key, value in config.__dict__.items() if key not in _OF_RECORD})
     return plain
 
 
@@ -79,8 +109,9 @@ def record_of_model(model: nn.Module) -> StartRecord | None:
     """Return the record of a model's active adapter; `None` for a plain adapter or a model without one."""
     if not isinstance(model, PeftModel):
         return None
-    config = model.peft_config[active_adapter(model)]
-    return config.record if isinstance(config, RecordedLoraConfig) else None
+    adapter = active_adapter(model)
+    config = model.peft_config[adapter]
+    return config.record if isinstance(config, RecordedLoraConfig) and config.adapter == adapter else None
 
 
 def write_record(record: StartRecord, folder: str | os.PathLike[str]) -> None:

@@ -1,14 +1,12 @@
-"""Tell whether a checkpoint continues the start that a model was prepared for, before anything is loaded."""
+"""Check that a checkpoint continues the start a model was prepared for, before anything is loaded."""
 
 from __future__ import annotations
 
-import functools
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
-from transformers import Trainer
 
 from ..adapters.find import find_adapted_layers, require_peft_model
 from ..engines.support import require_resumable_engine
@@ -19,7 +17,7 @@ from .record import adapter_folder, record_of_model, require_record
 
 
 if TYPE_CHECKING:
-    pass
+    from transformers import Trainer
 
 
 def require_resumable(folder: str | os.PathLike[str], model: nn.Module) -> None:
@@ -53,21 +51,29 @@ def require_resumable(folder: str | os.PathLike[str], model: nn.Module) -> None:
             )
 
 
-def check_checkpoints(trainer: Trainer) -> None:
-    """Make this trainer's `train` look at a checkpoint, and choose the newest, before anything of it is loaded."""
-    train = trainer.train
+def checked_checkpoint(trainer: Trainer, resume_from_checkpoint: str | bool | None) -> str | bool | None:
+    """
+    Look at a checkpoint, and choose the newest where none is named, before anything of it is loaded. Collective.
 
-    @functools.wraps(train)
-    def checked_train(resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        folder = resume_from_checkpoint
-        if folder:
-            require_resumable_engine(trainer)
-            folder = _require_newest(trainer) if folder is True else folder
-            require_complete(trainer, folder)
-            require_resumable(folder, trainer.accelerator.unwrap_model(trainer.model))
-        return train(folder, *args, **kwargs)
+    Args:
+        trainer: its model and `output_dir` are looked at.
+        resume_from_checkpoint: of `Trainer.train`.
 
-    trainer.train = checked_train  # type: ignore[method-assign]
+    Returns:
+        What to hand to `Trainer.train`: the folder, or the argument itself where nothing is resumed or the model
+        carries no start of this package.
+
+    Raises:
+        `ValueError`: naming the folder, if it was cut short or can't be resumed on this model or engine.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if not resume_from_checkpoint or record_of_model(model) is None:
+        return resume_from_checkpoint
+    require_resumable_engine(trainer)
+    folder = _require_newest(trainer) if resume_from_checkpoint is True else resume_from_checkpoint
+    require_complete(trainer, folder)
+    require_resumable(folder, model)
+    return folder
 
 
 def _require_newest(trainer: Trainer) -> str:

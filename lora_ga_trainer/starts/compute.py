@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,9 +16,9 @@ from ..engines.collectives import share_from_owners
 from ..gradients.estimate import GradientEstimate
 from ..gradients.sketch import top_svds
 from ..maths.factors import random_rows
-from ..maths.inits import INITS, Place
+from ..maths.inits import INITS, LayerGradient
 from ..maths.recovery import TopSVD
-from .report import INITIALISED, OVERLAPPING, PADDED, PLAIN, UNREACHED, ZERO_GRADIENT, LayerReport, report_experts
+from .report import Action, LayerReport, report_experts
 
 
 if TYPE_CHECKING:
@@ -25,62 +27,163 @@ if TYPE_CHECKING:
 Factors = tuple[Tensor, Tensor]  # B0 (E, out, r), A0 (E, r, in), or those of one expert, fp32
 
 
+@dataclass
+class LayerStart:
+    """
+    The start of one layer, the same on every process.
+
+    Args:
+        layer: the layer.
+        factors: `B0 (E, out, r)` and `A0 (E, r, in)`; `None` where the layer keeps the plain start that it has.
+        report: what was done.
+    """
+
+    layer: AdaptedLayer
+    factors: Factors | None
+    report: LayerReport
+
+
 def compute_starts(
-    trainer: Trainer, config: LoRAGAConfig, layers: list[AdaptedLayer], estimate: GradientEstimate
-) -> tuple[list[tuple[Factors | None, LayerReport]], int]:
-    """Return what [`_compute_start`] does for every layer, the same on every process, and the bytes this one sent."""
+    trainer: Trainer, config: LoRAGAConfig, layers: Sequence[AdaptedLayer], estimate: GradientEstimate
+) -> tuple[list[LayerStart], int]:
+    """
+    Compute the start of every layer. Collective: each process computes its share of them and gives it to the others.
+
+    Returns:
+        One start a layer, and the bytes that this process sent.
+
+    Raises:
+        `ValueError`: naming a layer whose gradient is beyond fp32.
+    """
     rank, size = trainer.accelerator.process_index, trainer.accelerator.num_processes
-    wanted = {name: min(2 * layer.rank, *layer.shape) for layer in layers[rank::size] for name in layer.matrices}
-    tops = top_svds(estimate.estimators, wanted)
-    mine, place = {}, 0
-    for index, layer in enumerate(layers):
-        # Reading a sharded weight takes every process.
+    owners = {layer.name: number % size for number, layer in enumerate(layers)}
+    starter = _Starter(config, estimate, layers, [layer for layer in layers if owners[layer.name] == rank])
+    mine: dict[str, tuple[Factors | None, LayerReport]] = {}
+    for layer in layers:
+        # Every process reads the weight of every layer: gathering a sharded one takes all of them.
         weights = layer.dense_weights() if config.scale == "weight_svd" else None
-        if index % size == rank:
-            mine[index] = _compute_start(layer, place, estimate, tops, config, weights)
-        place += layer.experts
-    reports = dict(gather_object([(index, report) for index, (_, report) in mine.items()]))
-    factors: list[Factors | None] = []
+        if owners[layer.name] == rank:
+            mine[layer.name] = starter.start(layer, weights)
+    reports = dict(gather_object([(name, report) for name, (_, report) in mine.items()]))
+    starts = []
+    for layer in layers:
+        report = reports[layer.name]
+        factors = mine[layer.name][0] if layer.name in mine else _empty_factors(layer)
+        starts.append(LayerStart(layer, None if report.action.is_plain else factors, report))
     owned: list[list[Tensor]] = [[] for _ in range(size)]
-    for index, layer in enumerate(layers):
-        found = mine[index][0] if index in mine else _empty_factors(layer)
-        found = None if reports[index].action in PLAIN else found
-        factors.append(found)
-        owned[index % size] += found or ()
-    sent = share_from_owners(trainer, owned)
-    return [(found, reports[index]) for index, found in enumerate(factors)], sent
+    for start in starts:
+        owned[owners[start.layer.name]] += start.factors or ()
+    return starts, share_from_owners(trainer, owned)
 
 
 def _empty_factors(layer: AdaptedLayer) -> Factors:
+    """Make room for the factors that another process sends."""
     E, (out_features, in_features), r = layer.experts, layer.shape, layer.rank
     return torch.empty(E, out_features, r), torch.empty(E, r, in_features)
 
 
-def _compute_start(
-    layer: AdaptedLayer,
-    index: int,
-    estimate: GradientEstimate,
-    tops: dict[str, TopSVD],
-    config: LoRAGAConfig,
-    weights: Tensor | None,
-) -> tuple[Factors | None, LayerReport]:
+class _Starter:
     """
-    Return `B0 (E, out, r)`, `A0 (E, r, in)`, or `None` for a plain start, and what to report.
+    Starts of the layers that this process owns.
 
-    `weights (E, out, in)` are for `scale="weight_svd"`.
+    Args:
+        config: how to start.
+        estimate: of the gradients.
+        layers: every layer, which decide the seeds.
+        owned: those that this process computes.
     """
-    of_expert = [None] * layer.experts if weights is None else list(weights)
-    starts, reports = zip(
-        *(_start_matrix(layer, e, index + e, estimate, tops, config, weight) for e, weight in enumerate(of_expert)),
-        strict=True,
-    )
-    report = reports[0] if layer.has_inputs else report_experts(layer.name, reports)
-    if all(start is None for start in starts):
-        return None, report
-    done = next(start for start in starts if start is not None)
-    starts = [start or _plain_start(*done, _generator(index + e, config)) for e, start in enumerate(starts)]
-    B0, A0 = (torch.stack(side) for side in zip(*starts, strict=True))
-    return (B0, A0), report
+
+    def __init__(
+        self,
+        config: LoRAGAConfig,
+        estimate: GradientEstimate,
+        layers: Sequence[AdaptedLayer],
+        owned: Sequence[AdaptedLayer],
+    ) -> None:
+        self.config, self.estimate = config, estimate
+        self.init = INITS[config.init]
+        # Seeds go by the position of a weight among all, never by hash(), which differs between processes.
+        names = [name for layer in layers for name in layer.matrices]
+        self.seeds = {name: config.probe_seed * 1_000_003 + number for number, name in enumerate(names)}
+        wanted = {name: self._directions(layer) for layer in owned for name in layer.matrices}
+        self.tops = top_svds(estimate.estimators, wanted)
+
+    def _directions(self, layer: AdaptedLayer) -> int:
+        return min(self.init.pairs * layer.rank, *layer.shape)
+
+    def start(
+        self,
+        layer: AdaptedLayer,
+        weights: Tensor | None,  # (E, out, in), for `scale="weight_svd"`
+    ) -> tuple[Factors | None, LayerReport]:
+        """Return the factors of a layer, or `None` for a plain start, and what to report."""
+        of_expert = [None] * layer.experts if weights is None else list(weights)
+        matrices = [self._matrix(layer, *entry) for entry in zip(layer.matrices, of_expert, strict=True)]
+        reports = [report for _, report in matrices]
+        report = reports[0] if layer.has_inputs else report_experts(layer.name, reports)
+        started = [factors for factors, _ in matrices if factors is not None]
+        if not started:
+            return None, report
+        # Experts that no sample reached start as PEFT does, drawn anew: what is stored may be sharded.
+        filled = [
+            factors or _plain_start(*started[0], self._generator(name))
+            for name, (factors, _) in zip(layer.matrices, matrices, strict=True)
+        ]
+        B0, A0 = (torch.stack(side) for side in zip(*filled, strict=True))
+        return (B0, A0), report
+
+    def _matrix(self, layer: AdaptedLayer, name: str, weight: Tensor | None) -> tuple[Factors | None, LayerReport]:
+        """Return `B0 (out, r)`, `A0 (r, in)` of one weight, or `None` for a plain start, and what to report."""
+        top = self.tops[name]
+        if not torch.isfinite(top.S).all():
+            raise ValueError(
+                f"{name}: the largest singular value of its gradient is {top.S[0].item()}, beyond fp32. Divide the "
+                "loss by a constant, or look for extreme examples among the first of the data."
+            )
+        action = self._action(layer, top)
+        if action.is_plain:
+            return None, self._report(layer, name, action, scale=0.0)
+        on_device = None if weight is None else weight.to(top.S.device, torch.float32)
+        factors = self.init.factors(
+            LayerGradient(
+                top=top,
+                r=layer.rank,
+                s=layer.s,
+                gamma=self.config.gamma,
+                direction=self.config.direction,
+                scale=self.config.scale,
+                generator=self._generator(name),
+                weight_singular_values=None if on_device is None else torch.linalg.svdvals(on_device),
+            )
+        )
+        return factors, self._report(layer, name, action, torch.linalg.vector_norm(factors[1], dim=1).max().item())
+
+    def _action(self, layer: AdaptedLayer, top: TopSVD) -> Action:
+        if layer.name in self.estimate.unreached:
+            return Action.UNREACHED
+        if not top.S[0] > 0:
+            return Action.ZERO_GRADIENT
+        if layer.rank > min(layer.shape):
+            return Action.PADDED
+        return Action.OVERLAPPING if self.init.pairs * layer.rank > min(layer.shape) else Action.INITIALISED
+
+    def _report(self, layer: AdaptedLayer, name: str, action: Action, scale: float) -> LayerReport:
+        r, top = layer.rank, self.tops[name]
+        return LayerReport(
+            name=name,
+            shape=layer.shape,
+            rank=r,
+            scale=scale,
+            singular_values=top.S.tolist(),
+            energy_share_r=top.share(r),
+            energy_share_2r=top.share(2 * r) if self.init.pairs == 2 else None,
+            energy_kept=top.kept,
+            sketched=self.estimate.estimators[name].sketched,
+            action=action,
+        )
+
+    def _generator(self, name: str) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seeds[name])
 
 
 def _plain_start(
@@ -88,55 +191,4 @@ def _plain_start(
     like_A: Tensor,  # (r, in)
     generator: torch.Generator,
 ) -> Factors:
-    """Start an expert without a gradient as PEFT does, drawn anew: what is stored may be sharded."""
     return torch.zeros_like(like_B), random_rows(like_A.shape[0], like_A, generator)
-
-
-def _generator(index: int, config: LoRAGAConfig) -> torch.Generator:
-    """Seed by the place of the weight, never by hash(), which differs between processes."""
-    return torch.Generator().manual_seed(config.probe_seed * 1_000_003 + index)
-
-
-def _start_matrix(
-    layer: AdaptedLayer,
-    expert: int,
-    index: int,
-    estimate: GradientEstimate,
-    tops: dict[str, TopSVD],
-    config: LoRAGAConfig,
-    weight: Tensor | None,
-) -> tuple[Factors | None, LayerReport]:
-    """Return `B0 (out, r)`, `A0 (r, in)` of one weight, or `None` for a plain start, and what to report."""
-    r, (out_features, in_features) = layer.rank, layer.shape
-    m = min(out_features, in_features)
-    name = layer.matrices[expert]
-    top = tops[name]
-    report = LayerReport(
-        name=name,
-        shape=layer.shape,
-        rank=r,
-        scale=0.0,
-        singular_values=top.S.tolist(),
-        energy_share_r=top.share(r),
-        energy_share_2r=top.share(2 * r),
-        energy_kept=top.kept,
-        sketched=estimate.estimators[name].sketched,
-        action=INITIALISED,
-    )
-    if not torch.isfinite(top.S).all():
-        raise ValueError(
-            f"{name}: the largest singular value of its gradient is {top.S[0].item()}, beyond fp32. Divide the loss "
-            "by a constant, or look for extreme examples among the first of the data."
-        )
-    if layer.name in estimate.unreached or not top.S[0] > 0:
-        report.action = UNREACHED if layer.name in estimate.unreached else ZERO_GRADIENT
-        return None, report
-    if r > m:
-        report.action = PADDED
-    elif INITS[config.init].pairs * r > m:
-        report.action = OVERLAPPING
-    values = None if weight is None else torch.linalg.svdvals(weight.to(top.S.device, torch.float32))
-    place = Place(r, layer.s, _generator(index, config), values)
-    factors = INITS[config.init].factors(top, place, config)
-    report.scale = torch.linalg.vector_norm(factors[1], dim=1).max().item()
-    return factors, report

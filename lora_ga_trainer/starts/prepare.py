@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from torch import nn
+from transformers import Trainer
 
-from ..adapters.anchor import expand_adapter
+from ..adapters.anchor import expand_adapter, halve_adapter
 from ..adapters.find import active_adapter, find_adapted_layers, is_trained, require_peft_model
 from ..adapters.layer import AdaptedLayer
 from ..config import LoRAGAConfig
+from ..engines.support import require_supported
+from ..gradients.probe_file import require_probe_folder
+from ..gradients.rollouts import require_repeatable
 from ..maths.inits import INITS
 from ..saving.fingerprint import fingerprint_base
-from ..saving.record import StartRecord, attach_record, record_of_model
+from ..saving.record import RecordedLoraConfig, StartRecord, attach_record, plain_config, record_of_model
 
+
+if TYPE_CHECKING:
+    from torch.utils.data import Dataset
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +50,31 @@ def require_config(config: Any) -> LoRAGAConfig:
     return config
 
 
+def prepare_trainer(trainer: Trainer, config: LoRAGAConfig, probe_dataset: Dataset | None = None) -> None:
+    """
+    Check all of a trainer that a start depends on, then prepare the adapter of its model.
+
+    Raises:
+        `ValueError`: naming the engine, the setting, the data set or the adapter that can't be used.
+    """
+    require_supported(trainer)
+    require_probe_folder(config)
+    require_repeatable(trainer, config)
+    dataset = trainer.train_dataset if probe_dataset is None else probe_dataset
+    if hasattr(dataset, "__len__") and len(dataset) == 0:
+        raise ValueError(
+            "The data set that the probe would read is empty (0 examples). Check the filters and the split that made "
+            "it."
+        )
+    prepare_adapter(trainer.model, config, optimizer=trainer.optimizer)
+
+
+def only_evaluates(trainer: Trainer, probe_dataset: Dataset | None) -> bool:
+    """Tell whether there is nothing to train on, so that any adapter will do as it is."""
+    own = type(trainer).get_train_dataloader is Trainer.get_train_dataloader
+    return trainer.train_dataset is None and probe_dataset is None and own
+
+
 def prepare_adapter(model: nn.Module, config: LoRAGAConfig, optimizer: torch.optim.Optimizer | None = None) -> None:
     """
     Check that the active adapter can be given a start, and expand it to its anchored form where `config` asks for it.
@@ -65,18 +98,21 @@ def prepare_adapter(model: nn.Module, config: LoRAGAConfig, optimizer: torch.opt
         _require_same_start(adapter, record, config)
         return
     _require_plain_start(adapter, peft_config, layers)
+    _require_plain_step(adapter, layers)
     if optimizer is not None and INITS[config.init].anchored:
         raise ValueError(
             "An optimizer exists already; it would keep training parameters that an anchored adapter replaces. Pass "
             "`optimizer_cls_and_kwargs=` instead of `optimizers=`, or make the trainer before the optimizer."
         )
+    _disown_config(model, adapter, layers)
+    peft_config = model.peft_config[adapter]
     record = StartRecord(
         init=config.init,
         rank=peft_config.r,
         anchored=INITS[config.init].anchored,
         base=fingerprint_base(model, layers),
     )
-    model.peft_config[adapter] = attach_record(peft_config, record)
+    model.peft_config[adapter] = attach_record(peft_config, record, model)
     if record.anchored:
         expand_adapter(model, layers)
         net_decay = config.correction == "lora_pro_adamw"
@@ -87,6 +123,40 @@ def prepare_adapter(model: nn.Module, config: LoRAGAConfig, optimizer: torch.opt
             2 * record.rank,
             "acts on its net update" if net_decay else "leaves its factors alone",
         )
+
+
+def _disown_config(model: PeftModel, adapter: str, layers: list[AdaptedLayer]) -> None:
+    """
+    Give an adapter that was made with the config of another one a config of its own.
+
+    `model.add_adapter(name, model.peft_config[other])` makes the two share one object. The config of an anchored
+    adapter says rank 2r, so PEFT has made the new one that large. Its user means rank r.
+    """
+    shared = model.peft_config[adapter]
+    if not isinstance(shared, RecordedLoraConfig) or shared.record is None:
+        return
+    model.peft_config[adapter] = copy.deepcopy(plain_config(shared))
+    if shared.record.anchored:
+        halve_adapter(model, layers)
+        logger.info(
+            "Adapter %r was made from the config of adapter %r, which stores rank %d as %d: it has rank %d, too.",
+            adapter,
+            shared.adapter,
+            shared.record.rank,
+            2 * shared.record.rank,
+            shared.record.rank,
+        )
+
+
+def _require_plain_step(adapter: str, layers: list[AdaptedLayer]) -> None:
+    """Refuse PEFT's variants whose forward pass is not that of `s B A`: their start would be another one."""
+    for layer in layers:
+        if layer.variant is not None:
+            raise ValueError(
+                f"Adapter {adapter!r} is a variant of LoRA, {layer.variant} (layer {layer.name}), whose forward pass "
+                "is not `W + s B A`. A gradient-aligned start is defined for plain LoRA and DoRA: leave the variant "
+                "out of the LoraConfig, or use LoRAGAConfig(init='none')."
+            )
 
 
 def _require_same_start(adapter: str, record: StartRecord, config: LoRAGAConfig) -> None:

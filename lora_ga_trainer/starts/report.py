@@ -1,4 +1,4 @@
-"""What was initialised and how well: one line for the log, numbers for trackers, JSON, a picture."""
+"""Report of a start: one line for the log, numbers for trackers, JSON and a picture."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from enum import Enum
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,12 +18,23 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-INITIALISED = "initialised"
-OVERLAPPING = "initialised, halves overlap: 2r > min(out, in)"
-PADDED = "initialised, padded with a plain start: r > min(out, in)"
-ZERO_GRADIENT = "plain start: zero gradient"
-UNREACHED = "plain start: never reached by the loss"
-PLAIN = (ZERO_GRADIENT, UNREACHED)
+
+class Action(str, Enum):
+    """What a start did to a layer; the value is the sentence in reports and JSON."""
+
+    INITIALISED = "initialised"
+    OVERLAPPING = "initialised, halves overlap: 2r > min(out, in)"
+    PADDED = "initialised, padded with a plain start: r > min(out, in)"
+    ZERO_GRADIENT = "plain start: zero gradient"
+    UNREACHED = "plain start: never reached by the loss"
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the layer was left at PEFT's own start."""
+        return self in (Action.ZERO_GRADIENT, Action.UNREACHED)
+
+    def __str__(self) -> str:
+        return self.value
 
 
 @dataclass
@@ -38,10 +50,11 @@ class LayerReport:
         shape: `(out, in)` of the weight.
         rank: r of the factors that learn.
         scale: length c of the rows of `A0` and columns of `B0`; for LoRA-One the length of the first one.
-        singular_values: the top `min(2r, out, in)` of the gradient of the weight, descending.
+        singular_values: of the gradient of the weight, descending; as many as the init uses, at most
+            `min(2r, out, in)`.
         energy_share_r: share of `||G||^2` that the top r directions hold.
-        energy_share_2r: share of `||G||^2` that the top 2r directions hold.
-        energy_kept: what the estimated top-2r directions hold of the energy that the best ones hold, as the estimator
+        energy_share_2r: share of `||G||^2` that the top 2r directions hold; `None` for an init that uses r only.
+        energy_kept: what the estimated directions hold of the energy that the best ones hold, as the estimator
             itself judges it; 1 for an exact one.
         sketched: whether the estimator was a sketch.
         action: what was done.
@@ -56,23 +69,28 @@ class LayerReport:
     scale: float
     singular_values: list[float]
     energy_share_r: float
-    energy_share_2r: float
+    energy_share_2r: float | None
     energy_kept: float
     sketched: bool
-    action: str
+    action: Action
     experts: int = 1
     experts_plain: int = 0
+
+    @property
+    def energy_share(self) -> float:
+        """Share of `||G||^2` that the directions in use hold: the top 2r, or r for an init that uses no more."""
+        return self.energy_share_r if self.energy_share_2r is None else self.energy_share_2r
 
 
 def report_experts(name: str, reports: Sequence[LayerReport]) -> LayerReport:
     """Sum up the reports of the experts of one layer."""
-    started = [report for report in reports if not report.action.startswith("plain start")]
+    started = [report for report in reports if not report.action.is_plain]
     plain = len(reports) - len(started)
     if not started:
         return replace(reports[0], name=name, experts=len(reports), experts_plain=plain)
     energies = [[value**2 for value in report.singular_values] for report in started]
     # share = held / total, so each expert's total is what its top directions hold over their share.
-    totals = [sum(energy) / report.energy_share_2r for energy, report in zip(energies, started, strict=True)]
+    totals = [sum(energy) / report.energy_share for energy, report in zip(energies, started, strict=True)]
     rank = started[0].rank
     return replace(
         started[0],
@@ -80,7 +98,7 @@ def report_experts(name: str, reports: Sequence[LayerReport]) -> LayerReport:
         scale=max(report.scale for report in started),
         singular_values=[math.sqrt(sum(column) / len(started)) for column in zip(*energies, strict=True)],
         energy_share_r=sum(sum(energy[:rank]) for energy in energies) / sum(totals),
-        energy_share_2r=sum(sum(energy) for energy in energies) / sum(totals),
+        energy_share_2r=None if started[0].energy_share_2r is None else sum(map(sum, energies)) / sum(totals),
         energy_kept=min(report.energy_kept for report in started),
         experts=len(reports),
         experts_plain=plain,
@@ -118,7 +136,8 @@ class GradientReport:
 
     def metrics(self) -> dict[str, float]:
         """Return the figures that trackers get, under `lora_ga/...`."""
-        started = [layer for layer in self.layers if not layer.action.startswith("plain start")]
+        started = [layer for layer in self.layers if not layer.action.is_plain]
+        shares_2r = [layer.energy_share_2r for layer in started if layer.energy_share_2r is not None]
         figures = {
             "samples": self.samples,
             "tokens": self.tokens,
@@ -130,7 +149,7 @@ class GradientReport:
             "layers_initialised": len(started),
             "layers_plain": len(self.layers) - len(started),
             "energy_share_r": _mean([layer.energy_share_r for layer in started]),
-            "energy_share_2r": _mean([layer.energy_share_2r for layer in started]),
+            "energy_share_2r": _mean(shares_2r),
             "energy_kept_min": min((layer.energy_kept for layer in started), default=None),
         }
         fused = [layer for layer in self.layers if layer.experts > 1]
@@ -148,9 +167,10 @@ class GradientReport:
             plain += f", {m['lora_ga/experts_plain']} of {every} expert weights left plain (zero gradient)"
         share = ""
         if "lora_ga/energy_share_r" in m:
+            top_2r = f", the top 2r {m['lora_ga/energy_share_2r']:.0%}" if "lora_ga/energy_share_2r" in m else ""
             share = (
-                f"; the top r directions hold {m['lora_ga/energy_share_r']:.0%} of the gradient's energy, the top 2r "
-                f"{m['lora_ga/energy_share_2r']:.0%} (at least {m['lora_ga/energy_kept_min']:.1%} of that found)"
+                f"; the top r directions hold {m['lora_ga/energy_share_r']:.0%} of the gradient's energy{top_2r} (at "
+                f"least {m['lora_ga/energy_kept_min']:.1%} of that found)"
             )
         loss = "" if self.loss_before is None else f"; loss {self.loss_before:.4f} -> {self.loss_after:.4f}"
         return (
@@ -195,15 +215,18 @@ class GradientReport:
         figure = Figure(figsize=(9, 4.5), dpi=120, layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots()
+        used_2r = any(layer.energy_share_2r is not None for layer in self.layers)
+        lines = "top 2r directions (solid), top r (dotted)" if used_2r else "top r directions"
         for i, (kind, layers) in enumerate(_by_kind(self.layers).items()):
             depth, colour = range(len(layers)), f"C{i % 10}"
-            axes.plot(depth, [layer.energy_share_2r for layer in layers], "-o", ms=3, color=colour, label=kind)
-            axes.plot(depth, [layer.energy_share_r for layer in layers], ":", color=colour)
+            axes.plot(depth, [layer.energy_share for layer in layers], "-o", ms=3, color=colour, label=kind)
+            if used_2r:
+                axes.plot(depth, [layer.energy_share_r for layer in layers], ":", color=colour)
         axes.set(
             xlabel="layer, in the model's order",
             ylabel="share of the gradient's energy",
             ylim=(0, 1.02),
-            title=f"{self.init}: top 2r directions (solid), top r (dotted), {self.samples} samples",
+            title=f"{self.init}: {lines}, {self.samples} samples",
         )
         axes.legend(fontsize="small", ncols=2)
         return figure

@@ -1,4 +1,4 @@
-"""From a gradient estimate to written factors: what a start consists of."""
+"""A start, whole: estimate the gradients, compute the factors, write them, report."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ def start_adapter(
         layer.require_whole(trainer.args.n_gpu)
     estimate = load_or_estimate(trainer, config, layers, probe_dataset)
     starts, sent = compute_starts(trainer, config, layers, estimate)
-    for layer, (factors, _) in zip(layers, starts, strict=True):
-        if factors is not None:
-            write_parameters(trainer, start_values(layer, *factors))
+    for start in starts:
+        if start.factors is not None:
+            write_parameters(trainer, start_values(start.layer, *start.factors))
     loss_after = _loss_after(trainer, estimate)
     return GradientReport(
         init=config.init,
@@ -69,7 +69,7 @@ def start_adapter(
         bytes_sent=estimate.bytes_sent + sent,
         loss_before=None if loss_after is None else estimate.first_loss,
         loss_after=loss_after,
-        layers=[report for _, report in starts],
+        layers=[start.report for start in starts],
     )
 
 

@@ -1,10 +1,12 @@
-"""The picture of a start, handed to the trackers that a Trainer reports to."""
+"""A start, made known: the log, the trackers that a Trainer reports to, and a file in its output folder."""
 
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transformers import Trainer
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
 from .report import GradientReport
@@ -12,11 +14,32 @@ from .report import GradientReport
 
 if TYPE_CHECKING:
     import numpy as np
-    from transformers import Trainer
 
 logger = logging.getLogger(__name__)
 
+REPORT_NAME = "lora_ga_report.json"
 PICTURE_NAME = "train/lora_ga/energy"  # beside the metrics, which the Trainer's callbacks log under `train/`
+
+
+def publish(trainer: Trainer, report: GradientReport) -> None:
+    """
+    Log what a start did, send its figures and picture to the trackers and write `lora_ga_report.json`.
+
+    A report that can't be written is a warning: training goes on.
+    """
+    started = report.metrics()["lora_ga/layers_initialised"]
+    logger.log(logging.INFO if started else logging.WARNING, report.summary())
+    # Not trainer.log: a class that overrides it flushes running figures of its own there (TRL's do).
+    Trainer.log(trainer, report.metrics())
+    send_picture(trainer, report)
+    if not trainer.is_world_process_zero():
+        return
+    folder = Path(trainer.args.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        report.to_json(folder / REPORT_NAME)
+    except OSError as error:
+        logger.warning("%s was not written (%s). Training goes on.", folder / REPORT_NAME, error)
 
 
 def send_picture(trainer: Trainer, report: GradientReport) -> None:

@@ -1,1 +1,1 @@
-"""What `compare.py` is made of: arms, their starts, one run, the sweep over rates and seeds, what comes out."""
+"""Parts of `compare.py`: arms, their starts, one run, the sweep over rates and seeds, and the outcome."""

@@ -1,4 +1,4 @@
-"""What `--arms` can say: a method, options of its own, and a correction."""
+"""Arms of a comparison: a method, options of its own, and a correction."""
 
 import json
 import re
@@ -94,11 +94,11 @@ def _parse_arm(name: str, config: LoRAGAConfig, lora: LoraArguments) -> Arm:
         hint = f"Did you mean {close[0]!r}?" if close else f"Choose from {', '.join(METHODS)}."
         raise ValueError(f"arm {name!r}: there is no method {method!r}. {hint}")
     if plus and correction not in CORRECTIONS:
-        raise ValueError(f"arm {name!r}: {correction!r} is no correction. Use {' or '.join(CORRECTIONS)}.")
+        raise ValueError(f"arm {name!r}: {correction!r} is not a correction. Use {' or '.join(CORRECTIONS)}.")
     if plus and not METHODS[method].correctable:
         raise ValueError(f"arm {name!r}: {method} has no plain pairs of factors, which {correction} corrects.")
     chosen = dict(_parse_option(name, option) for option in options)
-    shared = {**config.to_dict(), "gamma": None}  # each init has a default of its own
+    shared = {**config.to_dict(), "gamma": None}  # an arm that names none has the default of its init
     of_arm = {"init": METHODS[method].init, "correction": correction or "none", **METHODS[method].settings}
     try:
         arm_config = LoRAGAConfig(**{**shared, **of_arm, **_only(chosen, _CONFIG_FIELDS)})
@@ -120,7 +120,7 @@ def _only(options: dict[str, Any], names: set[str]) -> dict[str, Any]:
 def _parse_option(arm: str, option: str) -> tuple[str, Any]:
     key, equals, value = option.partition("=")
     if not equals:
-        raise ValueError(f"arm {arm!r}: {option!r} is no option. Write name=value.")
+        raise ValueError(f"arm {arm!r}: {option!r} is not an option. Write name=value.")
     if key not in _CONFIG_FIELDS | _LORA_FIELDS:
         close = get_close_matches(key, sorted(_CONFIG_FIELDS | _LORA_FIELDS), n=1)
         hint = f"Did you mean {close[0]!r}?" if close else "`--help` lists the fields of LoRAGAConfig and the adapter."

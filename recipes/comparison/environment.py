@@ -1,4 +1,4 @@
-"""What a figure was measured on."""
+"""The machine and the libraries that a figure was measured on."""
 
 import functools
 import platform

@@ -1,4 +1,4 @@
-"""What a comparison found: one row an arm, a table, curves."""
+"""Outcome of a comparison: one row an arm, a table, curves."""
 
 import math
 import statistics
@@ -65,7 +65,7 @@ def to_table(rows: Sequence[Row], metric: str, reference: float | None) -> str:
 
     Args:
         rows: one an arm.
-        metric: shown beside the eval loss; the metric that decides, or the first that is no loss.
+        metric: shown beside the eval loss; the metric that decides, or the first that is not a loss.
         reference: the final eval loss of tuned LoRA; `None` where `lora` is not among the arms.
     """
     heads = ["arm", "best rate", metric, "eval loss at 1/4", "at 1/2", "at the end"]

@@ -1,4 +1,4 @@
-"""What a comparison will cost, before it is begun."""
+"""Cost of a comparison, estimated before it begins."""
 
 import statistics
 from collections.abc import Callable, Sequence

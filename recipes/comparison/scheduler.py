@@ -1,4 +1,4 @@
-"""All runs of a comparison in their order: sweeps first, then the further seeds."""
+"""Runs of a comparison in their order: sweeps first, then the further seeds."""
 
 from collections.abc import Sequence
 from typing import Any

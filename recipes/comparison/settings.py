@@ -1,4 +1,4 @@
-"""What a comparison can be told beside what a recipe can, and what it does not leave to the user."""
+"""Settings of a comparison, beside those of a recipe, and values that the user can't choose."""
 
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any

@@ -17,7 +17,6 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from lora_ga_trainer.adapters.anchor import start_values
 from lora_ga_trainer.adapters.find import find_adapted_layers
 from lora_ga_trainer.engines.parameters import write_parameters
-from lora_ga_trainer.starts.report import PLAIN
 
 
 @dataclass(frozen=True)
@@ -138,7 +137,7 @@ class _RandomDirections(TrainerCallback):
         generator = torch.Generator().manual_seed(args.seed)
         layers = find_adapted_layers(self.trainer.accelerator.unwrap_model(self.trainer.model))
         for layer, report in zip(layers, self.trainer.lora_ga_report.layers, strict=True):
-            if report.action in PLAIN:
+            if report.action.is_plain:
                 continue
             (out_features, in_features), r = layer.shape, report.rank
             B0 = nn.init.orthogonal_(torch.empty(out_features, r), report.scale, generator)

@@ -73,11 +73,11 @@ def _read(path: Path) -> dict[str, Any]:
 def _read_result(path: Path) -> Result:
     content = _read(path)
     if content.keys() != {f.name for f in fields(Result)}:
-        raise ValueError(f"{path} is no result of this version. Delete it to run that arm, rate and seed again.")
+        raise ValueError(f"{path} is not a result of this version. Delete it to run that arm, rate and seed again.")
     for name, value in content.items():
         if not _KINDS[name](value):
             raise ValueError(
-                f"{path} is no result: {name}={short(value)}. Delete it to run that arm, rate and seed again."
+                f"{path} is not a result: {name}={short(value)}. Delete it to run that arm, rate and seed again."
             )
     return Result(**content)
 

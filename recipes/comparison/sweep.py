@@ -1,4 +1,4 @@
-"""Which run of an arm comes next, decided from those that are done: a sweep over rates, then seeds on the winner."""
+"""The next run of an arm, chosen from those that are done: a sweep over rates, then seeds on the winner."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -57,7 +57,7 @@ def judge(sweep: Sweep, scores: Mapping[Run, float]) -> Verdict:
     """
     Say what to run next and, when the sweep is over, which rate won.
 
-    A best rate at an end of the sweep is no winner: the sweep is extended there by the ratio of the two rates at that
+    A best rate at an end of the sweep does not win: the sweep is extended there by the ratio of the two rates at that
     end, until the extensions are used up. A score that is not finite counts as the worst.
 
     Args:

@@ -1,1 +1,1 @@
-"""What the programs that train share: arguments, models, rows and their encoding, the trainer, what is measured."""
+"""Shared parts of the programs that train: arguments, models, rows and their encoding, the trainer, the metrics."""

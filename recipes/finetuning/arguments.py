@@ -1,4 +1,4 @@
-"""What the command line and a YAML file can say. The command line wins."""
+"""Arguments of the command line and of YAML files. The command line wins."""
 
 import re
 import sys
@@ -156,7 +156,7 @@ class DataArguments(SourceArguments):
             try:
                 re.compile(pattern)
             except (re.error, OverflowError, RecursionError) as error:
-                raise ValueError(f"{pattern!r} is no regular expression of Python's: {error}.") from error
+                raise ValueError(f"{pattern!r} is not a regular expression of Python's: {error}.") from error
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""What is measured on held-out rows, each metric through a small module of the recipe's own that needs no hub."""
+"""Metrics on held-out rows, each through a small module of the recipe's own that needs no hub."""
 
 import math
 from pathlib import Path

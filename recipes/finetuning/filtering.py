@@ -1,4 +1,4 @@
-"""Which rows are used, and what part of a column is learned: regular expressions, and words for values."""
+"""Filters: the rows to use and the part of a column to learn, by regular expressions, and words for values."""
 
 import re
 from typing import Any

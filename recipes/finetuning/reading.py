@@ -43,7 +43,7 @@ def read_local(path: str, column_names: list[str] | None = None) -> Dataset:
         return _read_class_folders(place)
     suffix = Path(path.removesuffix(".gz")).suffix
     if suffix not in SUFFIXES:
-        raise ValueError(f"{path}: {suffix!r} is no known format. Use {', '.join(SUFFIXES)} or a folder.")
+        raise ValueError(f"{path}: {suffix!r} is not a known format. Use {', '.join(SUFFIXES)} or a folder.")
     try:
         if suffix in (".json", ".jsonl"):
             _require_rows(place)
@@ -73,7 +73,7 @@ def _require_rows(file: Path) -> None:
                 if depth + change > _MAX_DEPTH:
                     raise ValueError(f"line {number} is nested deeper than {_MAX_DEPTH}")
                 if depth + change < 0 or depth == change == 0:
-                    raise ValueError(f"line {number}: {short(token[0])} is no row, rows are objects")
+                    raise ValueError(f"line {number}: {short(token[0])} is not a row, rows are objects")
                 depth += change
 
 

@@ -105,7 +105,7 @@ def _refuse_duplicates(node: yaml.Node) -> None:
     for key, value in node.value:
         line = key.start_mark.line + 1
         if not isinstance(key, yaml.ScalarNode):
-            raise ValueError(f"the key on line {line} is no word")
+            raise ValueError(f"the key on line {line} is not a word")
         if key.value in lines:
             raise ValueError(f"{short(key.value)} stands on line {lines[key.value]} and on line {line}, keep one")
         lines[key.value] = line

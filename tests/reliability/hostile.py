@@ -1,4 +1,4 @@
-"""What a file may hold that nobody meant it to hold, and the law that reading it obeys."""
+"""Hostile contents of files, and the law that reading them obeys."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ def test_rows_nested_without_end_are_refused_and_end_no_process(name: str, start
 @pytest.mark.parametrize("content", ["null", '{"a": 1}\nnull\n', '{"a": 1} null {"a": 1}', "\ufeffnull", "]"])
 def test_what_is_no_row_is_refused_and_ends_no_process(content: str, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text(content, encoding="utf-8")
-    with pytest.raises(ValueError, match=r"rows\.jsonl can't be read .* is no row"):
+    with pytest.raises(ValueError, match=r"rows\.jsonl can't be read .* is not a row"):
         read_local(str(tmp_path / "rows.jsonl"))
 
 

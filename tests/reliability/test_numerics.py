@@ -23,7 +23,8 @@ from lora_ga_trainer import LoRAGAConfig
 from lora_ga_trainer.gradients.accumulator import ExactGradient
 from lora_ga_trainer.gradients.sketch import SketchedGradient, make_estimators
 from lora_ga_trainer.maths.factors import lora_ga_scale
-from lora_ga_trainer.maths.inits import INITS, Place
+from lora_ga_trainer.maths.inits import INITS, LayerGradient
+from lora_ga_trainer.maths.recovery import TopSVD
 
 
 U = 2.0**-24
@@ -111,12 +112,17 @@ def svd_error(S: Tensor, k: int) -> float:
     return 1e-3 if iterated else SVD_ERROR
 
 
+def gradient_of(name: str, top: TopSVD, r: int) -> LayerGradient:
+    config = LoRAGAConfig(init=name)
+    settings = {"gamma": config.gamma, "direction": config.direction, "scale": config.scale}
+    return LayerGradient(top, r, 2.0, **settings, generator=torch.Generator().manual_seed(0))
+
+
 def start(name: str, estimator: ExactGradient | SketchedGradient, layer: Layer) -> tuple[Tensor, Tensor]:
     """Return `B0 (out, r)`, `A0 (r, in)` as a training run computes them, in fp64; rows drawn at random left out."""
     out_features, in_features = layer.G.shape
     top = estimator.svd(min(2 * layer.r, out_features, in_features))
-    place = Place(layer.r, 2.0, torch.Generator().manual_seed(0))
-    B, A = INITS[name].factors(top, place, LoRAGAConfig(init=name))
+    B, A = INITS[name].factors(gradient_of(name, top, layer.r))
     assert B.shape == (out_features, layer.r)
     assert A.shape == (layer.r, in_features)
     assert torch.isfinite(B).all()
@@ -228,7 +234,7 @@ def test_a_gradient_that_goes_under_in_fp32_is_zero_or_a_start(exponent: int, sk
         assert exponent < -140
         return
     for name, init in INITS.items():
-        B, A = init.factors(top, Place(2, 2.0, torch.Generator()), LoRAGAConfig(init=name))
+        B, A = init.factors(gradient_of(name, top, 2))
         assert torch.isfinite(B).all()
         assert torch.isfinite(A).all()
         longest = 140**0.25 / 4 if name == "lora_ga" else 128**-0.5

@@ -1,4 +1,4 @@
-"""What `versions.py` asks pip for, and what it does with the answer; no pip is called."""
+"""`versions.py`: what it asks pip for, and what it does with the answer; no pip is called."""
 
 from __future__ import annotations
 
