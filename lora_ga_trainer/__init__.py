@@ -43,6 +43,8 @@ from .starts.report import GradientReport
 from .trainer import LoRAGAMixin, LoRAGATrainer, Seq2SeqLoRAGATrainer
 
 
+__version__ = "0.1.0"
+
 __all__ = [
     "GradientEstimate",
     "GradientReport",

@@ -540,14 +540,20 @@ def test_weight_svd_refuses_a_spectrum_that_is_too_short():
             lora_ga_factors(*svd(G), r, scale="weight_svd", weight_singular_values=spectrum[:given_values])
 
 
-def test_enough_triplets_are_enough():
-    """k >= min(2r, out, in) for LoRA-GA, k >= min(r, out, in) for LoRA-One: the bound itself is accepted."""
+@pytest.mark.parametrize(("make", "pairs"), [(lora_ga_factors, 2), (lora_one_factors, 1)])
+@pytest.mark.parametrize("r", [1, 3, 4, 5, 9, 12])
+def test_the_fewest_triplets_give_what_all_of_them_give(make, pairs, r):
+    """k = min(2r, out, in) for LoRA-GA, k = min(r, out, in) for LoRA-One, are enough; one fewer is refused."""
     U, S, Vt = svd(make_gradient(12, 9))
-    for r in (1, 3, 4, 5, 9, 12):
-        k = min(2 * r, 9)
-        lora_ga_factors(U[:, :k], S[:k], Vt[:k], r)
-        k = min(r, 9)
-        lora_one_factors(U[:, :k], S[:k], Vt[:k], r)
+    k = min(pairs * r, 9)
+
+    def factors(count):
+        return make(U[:, :count], S[:count], Vt[:count], r, generator=torch.Generator().manual_seed(0))
+
+    for fewest, all_of_them in zip(factors(k), factors(9), strict=True):
+        torch.testing.assert_close(fewest, all_of_them, rtol=0, atol=0)
+    with pytest.raises(ValueError, match=rf"\b{k - 1}\b.*\b{k}\b|\b{k}\b.*\b{k - 1}\b"):
+        factors(k - 1)
 
 
 def test_a_zero_gradient_never_becomes_nan():

@@ -127,7 +127,7 @@ def test_it_opens_with_what_it_shows_how_to_start_it_and_what_it_costs(path: Pat
     assert head.startswith("# ")
     assert re.findall(r"\*\*(.+?)\*\*", head) == ["What it shows.", "How to start it.", "How long it takes."]
     assert f"notebooks/{path.name}" in head
-    assert re.search(r"bash \.ci/setup notebooks\n", head)
+    assert "pip install -c constraints/cpu.txt -e '.[notebooks]'" in head
     assert re.search(r"\d+ s\b.* 2 CPU cores", head)
 
 

@@ -10,7 +10,6 @@ import sqlite3
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -171,6 +170,13 @@ def test_without_matplotlib_trackers_get_the_figures_and_the_log_one_line(
     assert "no picture of it: GradientReport.plot draws with matplotlib: pip install matplotlib" in record.message
 
 
-def test_only_the_first_process_sends() -> None:
-    trainer = SimpleNamespace(is_world_process_zero=lambda: False)
-    send_picture(trainer, report=None)  # would fail on anything else
+@pytest.mark.parametrize("first", [True, False])
+def test_only_the_first_process_sends(first: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    optional.require("tensorboard")
+    trainer = make(tmp_path)
+    trainer.train()
+    writer = Writer()
+    trainer.add_callback(TensorBoardCallback(writer))
+    monkeypatch.setattr(trainer, "is_world_process_zero", lambda: first)
+    send_picture(trainer, trainer.lora_ga_report)
+    assert writer.pictures == ([PICTURE_NAME] if first else [])

@@ -82,9 +82,18 @@ def test_a_result_of_a_comparison(count: int, tmp_path: Path) -> None:
 
 @counts(750)
 def test_the_settings_of_a_comparison(count: int, tmp_path: Path) -> None:
+    """What is taken for the settings of this comparison says the same of every name; a missing one counts as null."""
     ours = {"max_steps": 4, "prompt_template": "{prompt}", "train_file": None, "rates": [0.1]}
-    law = Law(tmp_path, lambda: Store(tmp_path, ours), lambda store: None, "settings.json")
-    fuzz_file(tmp_path / "settings.json", damaged(edited_objects(ours)), law, count)
+    file = tmp_path / "settings.json"
+
+    def check(store: Store) -> None:
+        found = json.loads(file.read_bytes())
+        assert {name: value for name, value in found.items() if value is not None} == {
+            name: value for name, value in ours.items() if value is not None
+        }
+
+    law = Law(tmp_path, lambda: Store(tmp_path, ours), check, file.name)
+    fuzz_file(file, damaged(edited_objects(ours) | edited_objects({**ours, "lora_r": 8})), law, count)
 
 
 ANSWER = {"id": 0, "prompt": "1 + 1", "model": "m", "answer": "2"}
