@@ -34,8 +34,11 @@ from .config import LoRAGAConfig
 from .gradients.estimate import GradientEstimate
 from .gradients.probe import estimate_gradients
 from .maths.factors import lora_ga_factors, lora_one_factors
+from .maths.inits import INITS, Init, LayerGradient
 from .maths.lora_pro import correct_gradients
 from .optimizers.adamw import LoRAProAdamW
+from .optimizers.builders import BuildRequest
+from .optimizers.registry import OPTIMIZERS, OptimizerEntry
 from .optimizers.wrapper import LoRAProOptimizer
 from .saving.export import export_adapter
 from .saving.load import load_adapter
@@ -46,14 +49,20 @@ from .trainer import LoRAGAMixin, LoRAGATrainer, Seq2SeqLoRAGATrainer
 __version__ = "0.1.0"
 
 __all__ = [
+    "INITS",
+    "OPTIMIZERS",
+    "BuildRequest",
     "GradientEstimate",
     "GradientReport",
+    "Init",
+    "LayerGradient",
     "LoRAGACallback",
     "LoRAGAConfig",
     "LoRAGAMixin",
     "LoRAGATrainer",
     "LoRAProAdamW",
     "LoRAProOptimizer",
+    "OptimizerEntry",
     "Seq2SeqLoRAGATrainer",
     "correct_gradients",
     "estimate_gradients",

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from .adapters.find import find_adapted_layers
-from .config import LoRAGAConfig, asked_for
+from .config import LoRAGAConfig
 from .optimizers.engine_step import EngineStep, install_engine_step
 from .optimizers.weight_decay import require_sound_optimizer
 from .patches import patch_trainer
@@ -83,7 +83,7 @@ class LoRAGACallback(TrainerCallback):
     ) -> None:
         trainer = self.trainer
         model = trainer.accelerator.unwrap_model(trainer.model)
-        self.engine_step = install_engine_step(trainer, model, self.config.correction == "lora_pro")
+        self.engine_step = install_engine_step(trainer, model, self.config.optimizer.entry.correct)
         if self.config.init == "none":
             if state.global_step == 0 and self._is_cold(model):
                 warm_up_heads(trainer, self.config)
@@ -126,9 +126,9 @@ class LoRAGACallback(TrainerCallback):
 
 def _require_no_optimizer(config: LoRAGAConfig) -> None:
     """Refuse what a bare callback has no say in."""
-    what = asked_for(config)
-    if what is not None:
+    chosen = config.optimizer
+    if chosen.entry.build is not None:
         raise ValueError(
-            f"LoRAGACallback: {what} is built when the Trainer makes its optimizer, where a callback has no say. Use "
-            "LoRAGATrainer or LoRAGAMixin, or pass `optimizers=(LoRAProOptimizer(...), None)` to the Trainer yourself."
+            f"LoRAGACallback: {chosen.setting} is built when the Trainer makes its optimizer, where a callback has no say. "
+            "Use LoRAGATrainer or LoRAGAMixin, or pass `optimizers=(LoRAProOptimizer(...), None)` to the Trainer yourself."
         )

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from .maths.inits import INITS
+from .optimizers.adamw import STATE_DTYPES
+from .optimizers.registry import OPTIMIZERS, ChosenOptimizer, OptimizerEntry, corrections
 
 
 if TYPE_CHECKING:
@@ -16,12 +18,13 @@ if TYPE_CHECKING:
 DIRECTIONS = ("ArB2r", "A2rBr", "ArBr", "random")
 SCALES = ("stable", "unit", "gd", "weight_svd")
 ESTIMATORS = ("sketch", "exact")
-CORRECTIONS = ("none", "lora_pro", "lora_pro_adamw")
-STATE_DTYPES = ("float32", "bfloat16")
 
 
 # What is added to the help of a field that names an entry of a registry.
-_REGISTERED = {"init": lambda: "".join(f" {name!r} ({init.about})." for name, init in INITS.items())}
+_REGISTERED = {
+    "init": lambda: "".join(f" {name!r} ({init.about})." for name, init in INITS.items()),
+    "correction": lambda: "".join(f" {name!r} ({OPTIMIZERS[name].about})." for name in corrections()),
+}
 
 
 def _document_fields(config: type) -> type:
@@ -110,7 +113,7 @@ class LoRAGAConfig:
             ("direction", DIRECTIONS),
             ("scale", SCALES),
             ("estimator", ESTIMATORS),
-            ("correction", CORRECTIONS),
+            ("correction", corrections()),
             ("lora_pro_state_dtype", STATE_DTYPES),
         ):
             value = getattr(self, name)
@@ -156,40 +159,58 @@ class LoRAGAConfig:
                     "does not read it. Leave it out, or choose an init that does."
                 )
 
+    @property
+    def optimizer(self) -> ChosenOptimizer:
+        """The entry of `OPTIMIZERS` that the fields ask for; the Trainer's own where they ask for none."""
+        return self._chosen_optimizers()[0]
+
+    def _chosen_optimizers(self) -> list[ChosenOptimizer]:
+        """List every entry that some field asks for, the one of `correction` alone if there is no other."""
+        asked = [entry for entry in OPTIMIZERS.values() if self._asks_for(entry)]
+        return [
+            ChosenOptimizer(
+                entry,
+                f"{entry.chosen_by}={getattr(self, entry.chosen_by)!r}",
+                {name: getattr(self, name) for name in entry.fields},
+            )
+            for entry in asked or [OPTIMIZERS[self.correction]]
+        ]
+
+    def _asks_for(self, entry: OptimizerEntry) -> bool:
+        if entry.chosen_by == "correction":
+            return entry is OPTIMIZERS[self.correction] and entry.build is not None
+        return getattr(self, entry.chosen_by) is not None
+
     def _require_one_optimizer(self) -> None:
         """Refuse settings of which each asks for an optimizer of its own, or that would change nothing."""
-        asked = [name for name in ("loraplus_lr_ratio", "riemannian_reg") if getattr(self, name) is not None]
-        if self.correction != "none":
-            asked.insert(0, f"correction={self.correction!r}")
+        asked = self._chosen_optimizers()
         if len(asked) > 1:
+            names = [
+                chosen.setting if chosen.entry.chosen_by == "correction" else chosen.entry.chosen_by
+                for chosen in asked
+            ]
+            settings = " and ".join(names)
+            raise ValueError(f"LoRAGAConfig: {settings} each change the same gradients or groups. Choose one of them.")
+        (chosen,) = asked
+        if chosen.entry.not_anchored is not None and self.init in INITS and INITS[self.init].anchored:
             raise ValueError(
-                f"LoRAGAConfig: {' and '.join(asked)} each change the same gradients or groups. Choose one of them."
+                f"LoRAGAConfig: {chosen.setting} does not go with init={self.init!r}, {chosen.entry.not_anchored}"
             )
-        if self.riemannian_reg is not None and self.init in INITS and INITS[self.init].anchored:
-            raise ValueError(
-                f"LoRAGAConfig: riemannian_reg={self.riemannian_reg} does not go with init={self.init!r}, whose "
-                "factors are stored in delta form: the Gram matrices would be those of [A; A - A0], [B - B0, B0], not "
-                "of A and B. Use init='lora_one' with it, or correction='lora_pro' with this one."
-            )
-        if self.correction != "lora_pro_adamw":
-            for name, default in (("lora_pro_state_dtype", "float32"), ("lora_pro_offload_state", False)):
-                if getattr(self, name) != default:
-                    raise ValueError(
-                        f"LoRAGAConfig: {name}={getattr(self, name)!r} is for correction='lora_pro_adamw' and would "
-                        f"do nothing with correction={self.correction!r}. Leave it out, or choose that correction."
-                    )
+        for name, entry in OPTIMIZERS.items():
+            if entry is not chosen.entry and entry.chosen_by == "correction":
+                self._require_unset(name, entry)
+
+    def _require_unset(self, name: str, entry: OptimizerEntry) -> None:
+        """Refuse a field that only an optimizer which was not chosen reads."""
+        for field in entry.fields:
+            value = getattr(self, field)
+            if value != self.__dataclass_fields__[field].default:
+                raise ValueError(
+                    f"LoRAGAConfig: {field}={value!r} is for correction={name!r} and would do nothing with "
+                    f"correction={self.correction!r}. Leave it out, or choose that correction."
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values that JSON can hold; `gamma` is `None` where the user named none."""
         gamma = None if isinstance(self.gamma, _DefaultGamma) else self.gamma
         return {**asdict(self), "gamma": gamma}
-
-
-def asked_for(config: LoRAGAConfig) -> str | None:
-    """Name the setting that needs an optimizer other than the Trainer's, if there is one."""
-    if config.correction != "none":
-        return f"correction={config.correction!r}"
-    for name in ("loraplus_lr_ratio", "riemannian_reg"):
-        if getattr(config, name) is not None:
-            return f"{name}={getattr(config, name)}"
-    return None

@@ -12,9 +12,9 @@ from transformers import Seq2SeqTrainer, Trainer
 
 from .adapters.storage import anchored_parameter_names, counted_gradients
 from .callback import LoRAGACallback
-from .config import LoRAGAConfig, asked_for
+from .config import LoRAGAConfig
 from .engines.support import holds_whole_gradients
-from .optimizers.build import build_optimizer, require_correctable
+from .optimizers.build import build_optimizer, require_buildable
 from .optimizers.weight_decay import without_anchored
 from .patches import put_first
 from .saving.resume import checked_checkpoint
@@ -52,7 +52,7 @@ class LoRAGAMixin:
     ) -> None:
         self.lora_ga_config = require_config(lora_ga_config)
         super().__init__(*args, **kwargs)
-        require_correctable(self, self.lora_ga_config)
+        require_buildable(self, self.lora_ga_config.optimizer)
         self._lora_ga_callback = LoRAGACallback(self, self.lora_ga_config, probe_dataset)
         self.add_callback(self._lora_ga_callback)
 
@@ -79,7 +79,7 @@ class LoRAGAMixin:
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Name the decayed parameters, without anchored ones unless the optimizer decays their net update."""
         names = super().get_decay_parameter_names(model)
-        decays_net_update = self.lora_ga_config.correction == "lora_pro_adamw"
+        decays_net_update = self.lora_ga_config.optimizer.entry.decays_net_update
         return names if decays_net_update else without_anchored(names, model)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -89,9 +89,7 @@ class LoRAGAMixin:
         `max_grad_norm` is applied before the correction, to the gradients of the loss: see [`LoRAProOptimizer`].
         """
         create = lambda: super(LoRAGAMixin, self).create_optimizer(*(() if model is None else (model,)))
-        if asked_for(self.lora_ga_config) is None:
-            return create()
-        self.optimizer = build_optimizer(self, self.lora_ga_config, create)
+        self.optimizer = build_optimizer(self, self.lora_ga_config.optimizer, create)
         return self.optimizer
 
     def _adapt(self, model: nn.Module) -> nn.Module:

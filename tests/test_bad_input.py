@@ -18,7 +18,7 @@ from transformers import Trainer
 from lora_ga_trainer import LoRAGACallback, LoRAGAConfig, LoRAGATrainer, load_adapter
 from lora_ga_trainer.adapters.find import find_lora_layers
 from lora_ga_trainer.engines.support import require_supported
-from lora_ga_trainer.optimizers.build import require_correctable
+from lora_ga_trainer.optimizers.build import require_buildable
 from lora_ga_trainer.starts.prepare import prepare_adapter
 
 
@@ -430,4 +430,4 @@ def test_a_correction_on_a_device_without_fp64_is_refused(correction, tmp_path):
     args = tiny.arguments(tmp_path)
     trainer = SimpleNamespace(args=SimpleNamespace(device=torch.device("mps"), optim=args.optim), optimizer=None)
     with pytest.raises(ValueError, match=rf"correction='{correction}' computes in fp64.*\(mps\)"):
-        require_correctable(trainer, LoRAGAConfig(correction=correction))
+        require_buildable(trainer, LoRAGAConfig(correction=correction).optimizer)

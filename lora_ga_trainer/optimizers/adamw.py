@@ -17,15 +17,15 @@ from .moments import equivalent_gradient, project_step, store_moment
 from .pairs import (
     PairBatch,
     batch_pairs,
-    decompose_batches,
+    each_corrected,
     pairs_with_gradients,
     require_finite,
-    stored_form,
     trained_pairs,
 )
 
 
-STATE_DTYPES = (torch.float32, torch.bfloat16)
+# What the moments of pairs can be kept in, by the name that a config gives it.
+STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Entries of W that are worked on at once. Large enough that a launch costs nothing beside its work, small enough that
 # the three fp32 buffers of a step are 200 MB.
 _CHUNK = 2**24
@@ -76,7 +76,7 @@ class LoRAProAdamW(Optimizer):
         offload_state: bool = False,
         error_if_nonfinite: bool = False,
     ) -> None:
-        if state_dtype not in STATE_DTYPES:
+        if state_dtype not in STATE_DTYPES.values():
             raise ValueError(f"LoRAProAdamW: state_dtype={state_dtype} is not one of torch.float32, torch.bfloat16.")
         self.model = model
         self.state_dtype = state_dtype
@@ -140,20 +140,27 @@ class LoRAProAdamW(Optimizer):
 
     def _step_pairs(self) -> None:
         ready = pairs_with_gradients(self.pairs, "LoRAProAdamW")
-        batches, groups = [], []
+        batches: list[PairBatch] = []
+        groups: dict[int, dict[str, Any]] = {}
         for group in self.param_groups:
             members = {id(parameter) for parameter in group["params"]}
             found = batch_pairs((pair for pair in ready if id(pair.lora_A.weight) in members), most=_CHUNK)
             batches += found
-            groups += [group] * len(found)
+            groups.update((id(batch), group) for batch in found)
         if self.error_if_nonfinite:
             require_finite(batches, "LoRAProAdamW")
-        for batch, eigen, group in zip(batches, decompose_batches(batches), groups, strict=True):
-            dA, dB = self._correct_moments(batch, eigen, group)
-            lr = float(group["lr"])
-            steps_A, steps_B = stored_form(batch, lr * dA, lr * dB)
+        for batch, steps_A, steps_B in each_corrected(
+            batches, lambda b, eigen: self._step_of(b, eigen, groups[id(b)])
+        ):
             torch._foreach_sub_(batch.weights_A, list(steps_A))
             torch._foreach_sub_(batch.weights_B, list(steps_B))
+
+    def _step_of(
+        self, batch: PairBatch, eigen: GramEigen, group: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:  # lr dA (L, r, in), lr dB (L, out, r)
+        dA, dB = self._correct_moments(batch, eigen, group)
+        lr = float(group["lr"])
+        return lr * dA, lr * dB
 
     def _correct_moments(
         self, batch: PairBatch, eigen: GramEigen, group: dict[str, Any]
@@ -201,21 +208,24 @@ class LoRAProAdamW(Optimizer):
         Where the base weight is spread over processes by rows, so is its moment: the buffer holds this process's rows.
         """
         factors = batch.weights_A
-        parts = [self.state[A].get(key) for A in factors]
-        first = parts[0]
-        shape = (len(parts), *_moment_shape(batch.pairs[0]))
-        if first is not None and first._base is not None and first._base.shape == shape:
-            whole = first._base
-            if all(part is not None and part.data_ptr() == whole[i].data_ptr() for i, part in enumerate(parts)):
-                return whole
+        slices = [self.state[A].get(key) for A in factors]
+        shape = (len(slices), *_moment_shape(batch.pairs[0]))
+        # torch keeps state by parameter, a step wants one tensor for all layers of a shape. Stacking would copy both
+        # moments, the largest tensors here, twice in every step. So the buffer is the memory, and `state` holds views
+        # of it: `state_dict` and whoever else reads the state see a moment for each parameter as usual.
+        buffer = _buffer_of(slices, shape)
+        if buffer is not None:
+            return buffer
+        # In the first step there are no moments yet. Later the views are gone whenever a state was loaded, or when the
+        # batch has other members than before (a pair without a gradient): gather what there is into a new buffer.
         place = self._place(factors[0])
-        pin = place["device"].type == "cpu" and factors[0].is_cuda
-        whole = torch.zeros(shape, **place, pin_memory=pin)
-        for i, (A, part) in enumerate(zip(factors, parts, strict=True)):
+        pin = place["device"].type == "cpu" and factors[0].is_cuda  # or copies to the device would wait for each other
+        buffer = torch.zeros(shape, **place, pin_memory=pin)
+        for i, (A, part) in enumerate(zip(factors, slices, strict=True)):
             if part is not None:
-                whole[i].copy_(part)
-            self.state[A][key] = whole[i]
-        return whole
+                buffer[i].copy_(part)
+            self.state[A][key] = buffer[i]
+        return buffer
 
     def _step_others(self) -> None:
         # Looked up in each step: an engine may have put other parameters into the model.
@@ -240,6 +250,18 @@ class LoRAProAdamW(Optimizer):
                 eps=group["eps"],
                 maximize=False,
             )
+
+
+def _buffer_of(slices: list[Tensor | None], shape: tuple[int, ...]) -> Tensor | None:
+    """Return the buffer of this shape whose entries, in this order, are exactly these slices; `None` if none is."""
+    first = slices[0]
+    if first is None or first._base is None or first._base.shape != shape:
+        return None
+    buffer = first._base
+    # Being a view of the buffer is not enough: the slices of a batch that lost a member, or changed the order, are
+    # views of an older one.
+    in_place = (part is not None and part.data_ptr() == buffer[i].data_ptr() for i, part in enumerate(slices))
+    return buffer if all(in_place) else None
 
 
 def _moment_shape(pair: AdaptedLayer) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""What is done to the gradients of an engine that clips and steps by itself, just before it does."""
+"""Clipping and correction of gradients just before an engine steps by itself."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..engines.support import (
     steps_by_itself,
     write_gradient,
 )
-from .pairs import batch_pairs, correct_batch, decompose_batches, stored_form, trained_pairs
+from .pairs import Correct, batch_pairs, correct_batch, each_corrected, trained_pairs
 
 
 if TYPE_CHECKING:
@@ -36,13 +36,16 @@ class EngineStep:
         trainer: prepared, with an engine that steps by itself.
         model: the bare model.
         pairs: the factors to correct; none for clipping alone.
+        correct: the correction of a batch of pairs.
 
     Attributes:
         norm: of the gradients in the last step, before clipping.
     """
 
-    def __init__(self, trainer: Trainer, model: nn.Module, pairs: list[AdaptedLayer]) -> None:
-        self.trainer, self.model, self.pairs = trainer, model, pairs
+    def __init__(
+        self, trainer: Trainer, model: nn.Module, pairs: list[AdaptedLayer], correct: Correct = correct_batch
+    ) -> None:
+        self.trainer, self.model, self.pairs, self.correct = trainer, model, pairs, correct
         self.norm = torch.zeros(())
         self.max_norm = run_before_steps(trainer, self.run)
 
@@ -66,27 +69,26 @@ class EngineStep:
         ready = [pair for pair in self.pairs if has_gradient(pair.lora_A) and has_gradient(pair.lora_B)]
         batches = batch_pairs(ready, read=lambda parameter: (read_parameter(parameter), gradients[parameter]))
         found: dict[nn.Parameter, Tensor] = {}
-        for batch, eigen in zip(batches, decompose_batches(batches), strict=True):
-            dAs, dBs = stored_form(batch, *correct_batch(batch, eigen))
+        for batch, dAs, dBs in each_corrected(batches, self.correct):
             found.update(zip(batch.weights_A, dAs, strict=True))
             found.update(zip(batch.weights_B, dBs, strict=True))
         return found
 
 
-def install_engine_step(trainer: Trainer, model: nn.Module, correct: bool) -> EngineStep | None:
+def install_engine_step(trainer: Trainer, model: nn.Module, correct: Correct | None) -> EngineStep | None:
     """
     Put an [`EngineStep`] before the steps of the trainer's engine where one is needed.
 
     Args:
         trainer: prepared.
         model: the bare model.
-        correct: whether the gradients are to be corrected.
+        correct: the correction of a batch of pairs; `None` where gradients stay as they are.
     """
     if not steps_by_itself(trainer):
         return None
     pairs: list[AdaptedLayer] = []
-    if correct:
+    if correct is not None:
         groups = [{**options, "params": parameters} for parameters, options in optimizer_groups(trainer)]
         pairs = trained_pairs(model, groups, "LoRA-Pro")
     clips = trainer.args.max_grad_norm and anchored_parameter_names(model)
-    return EngineStep(trainer, model, pairs) if pairs or clips else None
+    return EngineStep(trainer, model, pairs, correct or correct_batch) if pairs or clips else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,6 +107,22 @@ def stored_factors(batch: PairBatch) -> tuple[Tensor, Tensor]:  # (L, k, in), (L
 def correct_batch(batch: PairBatch, eigen: GramEigen) -> tuple[Tensor, Tensor]:  # dA (L, r, in), dB (L, out, r)
     factors = batch.A, batch.B, batch.gA, batch.gB
     return apply_correction(solve_correction(eigen, *cross_products(*factors), batch.s), *factors)
+
+
+Correct = Callable[[PairBatch, GramEigen], tuple[Tensor, Tensor]]  # dA (L, r, in), dB (L, out, r)
+
+
+def each_corrected(
+    batches: Sequence[PairBatch], correct: Correct = correct_batch
+) -> Iterator[tuple[PairBatch, Sequence[Tensor], Sequence[Tensor]]]:
+    """
+    Decompose the Gram matrices of all batches, correct each batch and bring the outcome to the stored form.
+
+    Yields:
+        The batch and, one a pair, the changes of `lora_A.weight` and of `lora_B.weight`.
+    """
+    for batch, eigen in zip(batches, decompose_batches(batches), strict=True):
+        yield batch, *stored_form(batch, *correct(batch, eigen))
 
 
 def stored_form(

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..adapters.storage import anchored_parameter_names
 from ..engines.support import bare_optimizer, optimizer_groups
-from .adamw import LoRAProAdamW
+from .registry import OPTIMIZERS
 
 
 if TYPE_CHECKING:
@@ -28,8 +28,9 @@ def require_sound_optimizer(trainer: Trainer, model: nn.Module) -> None:
     Raises:
         `ValueError`: naming a parameter.
     """
-    # LoRAProAdamW decays the net update s (B A - B0 A0), which leaves the halves tied and B0 alone.
-    net_decay = isinstance(bare_optimizer(trainer), LoRAProAdamW)
+    optimizer = bare_optimizer(trainer)
+    kinds = tuple(entry.kind for entry in OPTIMIZERS.values() if entry.decays_net_update and entry.kind is not None)
+    net_decay = isinstance(optimizer, kinds)
     decay = {
         id(parameter): options.get("weight_decay", 0.0)
         for parameters, options in optimizer_groups(trainer)

@@ -13,11 +13,9 @@ from torch.optim import Optimizer
 
 from .pairs import (
     batch_pairs,
-    correct_batch,
-    decompose_batches,
+    each_corrected,
     pairs_with_gradients,
     require_finite,
-    stored_form,
     trained_pairs,
 )
 
@@ -55,8 +53,8 @@ class LoRAProOptimizer(Optimizer):
             step. By default they are passed on, as torch does: that pair, and no other, becomes NaN.
 
     Raises:
-        `ValueError`: naming a parameter that can't be corrected; see [`lora_pairs.trained_pairs`].
-        `TypeError`: if `inner` is no torch optimizer.
+        `ValueError`: naming a parameter that can't be corrected.
+        `TypeError`: if `inner` is not a torch optimizer.
     """
 
     def __init__(self, inner: Optimizer, model: nn.Module, error_if_nonfinite: bool = False) -> None:
@@ -155,8 +153,7 @@ class LoRAProOptimizer(Optimizer):
         if self.error_if_nonfinite:
             require_finite(batches, "LoRAProOptimizer")
         corrections: list[tuple[nn.Parameter, Tensor]] = []
-        for batch, eigen in zip(batches, decompose_batches(batches), strict=True):
-            dAs, dBs = stored_form(batch, *correct_batch(batch, eigen))
+        for batch, dAs, dBs in each_corrected(batches):
             corrections += zip(batch.weights_A, dAs, strict=True)
             corrections += zip(batch.weights_B, dBs, strict=True)
         return corrections

@@ -115,7 +115,7 @@ def prepare_adapter(model: nn.Module, config: LoRAGAConfig, optimizer: torch.opt
     model.peft_config[adapter] = attach_record(peft_config, record, model)
     if record.anchored:
         expand_adapter(model, layers)
-        net_decay = config.correction == "lora_pro_adamw"
+        net_decay = config.optimizer.entry.decays_net_update
         logger.info(
             "Adapter %r is anchored: rank %d is stored as %d, `lora_alpha` is scaled to keep s, and weight decay %s.",
             adapter,

@@ -1,0 +1,127 @@
+"""Builders of the optimizers in the registry, each around what the Trainer makes from its arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel
+from peft.optimizers import create_loraplus_optimizer, create_riemannian_optimizer
+from torch.optim import Optimizer
+from transformers.training_args import OptimizerNames
+
+from ..adapters.find import find_adapted_layers
+from ..adapters.storage import anchored_parameter_names
+from .adamw import STATE_DTYPES, LoRAProAdamW
+from .wrapper import LoRAProOptimizer
+
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+_ADAMW = (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """
+    What a builder is given.
+
+    Args:
+        trainer: its arguments are read.
+        model: whose factors the optimizer is to step.
+        create: the Trainer's own `create_optimizer`: makes an optimizer from `TrainingArguments.optim` and the
+            Trainer's param groups, or returns the one that exists.
+        setting: that asks for the optimizer, for messages.
+        options: of the config, by field.
+    """
+
+    trainer: Trainer
+    model: PeftModel
+    create: Callable[[], Optimizer]
+    setting: str
+    options: Mapping[str, Any]
+
+
+def wrap_lora_pro(request: BuildRequest) -> Optimizer:
+    """Put LoRA-Pro around the Trainer's optimizer."""
+    return LoRAProOptimizer(request.create(), request.model)
+
+
+def make_lora_pro_adamw(request: BuildRequest) -> Optimizer:
+    """Take over the groups of an AdamW that has not stepped."""
+    plain = request.create()
+    unsupported = [key for key in ("amsgrad", "maximize") if plain.defaults.get(key)]
+    if type(plain) is not torch.optim.AdamW or unsupported:
+        raise ValueError(
+            f"{request.setting} replaces a torch.optim.AdamW without options, the trainer made "
+            f"{type(plain).__name__} with {unsupported or 'its own step'}. Use correction='lora_pro' around it."
+        )
+    kept = ("params", "lr", "betas", "eps", "weight_decay")
+    return LoRAProAdamW(
+        [{key: group[key] for key in kept} for group in plain.param_groups],
+        request.model,
+        lr=plain.defaults["lr"],
+        state_dtype=STATE_DTYPES[request.options["lora_pro_state_dtype"]],
+        offload_state=request.options["lora_pro_offload_state"],
+    )
+
+
+def require_adamw(trainer: Trainer, setting: str) -> None:
+    """
+    Refuse training arguments that ask for another optimizer than AdamW.
+
+    Raises:
+        `ValueError`: naming the setting and the optimizer.
+    """
+    chosen = trainer.optimizer_cls_and_kwargs
+    if trainer.args.optim in _ADAMW if chosen is None else chosen[0] is torch.optim.AdamW:
+        return
+    raise ValueError(
+        f"{setting} is an AdamW of its own, and the arguments ask for optim={trainer.args.optim.value!r} or another "
+        "optimizer class. Set optim='adamw_torch', or use correction='lora_pro', which wraps any of them."
+    )
+
+
+def make_lora_plus(request: BuildRequest) -> Optimizer:
+    """Hand over to PEFT's LoRA+ (arXiv 2402.12354)."""
+    optimizer_class, options, lr, decay = _plain_choice(request)
+    return create_loraplus_optimizer(
+        request.model,
+        optimizer_class,
+        lr=lr,
+        loraplus_lr_ratio=request.options["loraplus_lr_ratio"],
+        loraplus_weight_decay=decay,
+        **options,
+    )
+
+
+def make_riemannian(request: BuildRequest) -> Optimizer:
+    """Hand over to PEFT's Riemannian preconditioning (arXiv 2402.02347)."""
+    optimizer_class, options, lr, decay = _plain_choice(request)
+    bare = [layer.name for layer in find_adapted_layers(request.model) if not layer.has_inputs]
+    if bare:
+        raise ValueError(
+            f"{request.setting}: {bare[0]} is a parameter of `target_parameters`, whose stored factors mix the ranks "
+            "of all experts. Leave it out, or leave riemannian_reg unset."
+        )
+    anchored = sorted(anchored_parameter_names(request.model))
+    if anchored:
+        raise ValueError(
+            f"{request.setting}: {anchored[0]} is stored in delta form, whose Gram matrix is not that of the factor. "
+            "Use correction='lora_pro', which reads the factors from it."
+        )
+    options.setdefault("weight_decay", decay)
+    reg = request.options["riemannian_reg"]
+    return create_riemannian_optimizer(request.model, optimizer_class, lr=lr, reg=reg, **options)
+
+
+def _plain_choice(request: BuildRequest) -> tuple[type[Optimizer], dict[str, Any], float, float]:
+    """Return class, options, rate and weight decay of the optimizer that the Trainer would make."""
+    trainer, model = request.trainer, request.model
+    chosen = trainer.optimizer_cls_and_kwargs or trainer.get_optimizer_cls_and_kwargs(trainer.args, model)
+    optimizer_class, options = chosen[0], dict(chosen[1])
+    lr = options.pop("lr", trainer.args.learning_rate)
+    return optimizer_class, options, lr, 0.0 if anchored_parameter_names(model) else trainer.args.weight_decay
