@@ -256,20 +256,20 @@ def whole_sample_parameter_gradient(
     return found
 
 
-def completed_from_sketches(T, L, Y, Z, m):  # (in, k), (out, k), (out, k), (in, k) -> (out, in)
-    """Complete what sketches `Y = G T`, `Z = G^T L` tell of `G` to a matrix, the generalised Nystrom way.
+def completed_from_sketches(Omega, Psi, Y, Z, m):  # (in, k), (out, k), (out, k), (in, k) -> (out, in)
+    """Complete what sketches `Y = G Omega`, `Z = G^T Psi` tell of `G` to a matrix, the generalised Nystrom way.
 
-    What lies in the row space of `T` is `Y T^+`, what lies in the column space of `L` is `(Z L^+)^T`. The rest is
-    completed as if `G` had rank `m` (Nakatsukasa, arXiv 2009.11392, equation 1.1, `G X (Y^T G X)^+ Y^T G` with a
-    truncated pseudo-inverse, restricted to both complements).
+    What lies in the row space of `Omega` is `Y Omega^+`, what lies in the column space of `Psi` is `(Z Psi^+)^T`. The
+    rest is completed as if `G` had rank `m` (Nakatsukasa, arXiv 2009.11392, equation 1.1, `G X (Y^T G X)^+ Y^T G` with
+    a truncated pseudo-inverse, restricted to both complements).
     """
-    T, L, Y, Z = (matrix.double() for matrix in (T, L, Y, Z))
-    in_T, in_L = T @ torch.linalg.pinv(T), L @ torch.linalg.pinv(L)  # orthogonal projectors
-    outside_T, outside_L = torch.eye(len(T)).double() - in_T, torch.eye(len(L)).double() - in_L
-    GT = Y @ torch.linalg.pinv(T)  # G in_T
-    LG = (Z @ torch.linalg.pinv(L)).T  # in_L G
-    U, S, Vt = torch.linalg.svd(in_L @ GT)
+    Omega, Psi, Y, Z = (matrix.double() for matrix in (Omega, Psi, Y, Z))
+    in_Omega, in_Psi = Omega @ torch.linalg.pinv(Omega), Psi @ torch.linalg.pinv(Psi)  # orthogonal projectors
+    outside_Omega, outside_Psi = torch.eye(len(Omega)).double() - in_Omega, torch.eye(len(Psi)).double() - in_Psi
+    GT = Y @ torch.linalg.pinv(Omega)  # G in_Omega
+    LG = (Z @ torch.linalg.pinv(Psi)).T  # in_Psi G
+    U, S, Vt = torch.linalg.svd(in_Psi @ GT)
     inverse = torch.zeros_like(GT.T)
     for i in range(m):
         inverse += torch.outer(Vt[i], U[:, i]) / S[i]
-    return in_L @ GT + outside_L @ GT + LG @ outside_T + outside_L @ GT @ inverse @ LG @ outside_T
+    return in_Psi @ GT + outside_Psi @ GT + LG @ outside_Omega + outside_Psi @ GT @ inverse @ LG @ outside_Omega

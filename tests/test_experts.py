@@ -243,7 +243,7 @@ def test_sketches_are_products_with_the_gradient_of_each_expert(tmp_path: Any) -
     for name in sketched:
         state = {key: value.double() for key, value in estimators[name].state().items()}
         # The last 16 columns gather all samples; those before them the samples since the last turning point.
-        w, z = state["T"][:, -16:], state["L"][:, -16:]
+        w, z = state["Omega"][:, -16:], state["Psi"][:, -16:]
         for found, expected in ((state["Y"][:, -16:], true[name] @ w), (state["Z"][:, -16:], true[name].T @ z)):
             assert (found - expected).norm() < 1e-5 * expected.norm(), name
 

@@ -12,11 +12,11 @@ from torch import Tensor
 from lora_ga_trainer import LoRAGAConfig
 from lora_ga_trainer.gradients import sketch as sketch_module
 from lora_ga_trainer.gradients.accumulator import ExactGradient
-from lora_ga_trainer.gradients.restore import restore_estimator
+from lora_ga_trainer.gradients.restore import restore_accumulator
 from lora_ga_trainer.gradients.sketch import (
     SketchedGradient,
     is_sketched,
-    make_estimators,
+    make_accumulators,
     sketch_columns,
     top_svds,
     turn,
@@ -72,7 +72,7 @@ def test_keeps_the_energy_of_the_directions_of_a_and_of_b(spectrum: str, seed: i
     r = 8
     S = SPECTRA[spectrum]()
     data = pairs(S, seed=seed)
-    (estimator,) = make_estimators([("layer", SHAPE)], LoRAGAConfig(probe_seed=seed), r).values()
+    (estimator,) = make_accumulators([("layer", SHAPE)], LoRAGAConfig(probe_seed=seed), r).values()
     assert estimator.sketched
     run(estimator, data)
     top, G = estimator.svd(2 * r), gradient(data)
@@ -180,7 +180,7 @@ def test_bf16_sketch_is_as_good_as_the_data() -> None:
     data = [(x.bfloat16(), dy.bfloat16()) for x, dy in pairs(SPECTRA["decaying"]())]
     estimator = SketchedGradient(SHAPE, k=96)
     run(estimator, data)
-    assert estimator.T.dtype is torch.bfloat16
+    assert estimator.Omega.dtype is torch.bfloat16
     top = estimator.svd(16)
     for low, high in ((0, 8), (8, 16)):
         assert energy_kept(gradient(data), top, SPECTRA["decaying"](), low, high) > 0.98
@@ -201,15 +201,15 @@ def test_the_same_seed_gives_the_same_sketch_and_another_seed_another() -> None:
     for estimator in (first, again, other):
         run(estimator, data)
     assert torch.equal(first.Y, again.Y)
-    assert not torch.equal(first.T, other.T)
-    assert first.T.data_ptr() != again.T.data_ptr()
+    assert not torch.equal(first.Omega, other.Omega)
+    assert first.Omega.data_ptr() != again.Omega.data_ptr()
 
 
 def test_layers_choose_the_cheaper_form_by_themselves() -> None:
     layers = [("small", (384, 384)), ("large", (2048, 2048))]
-    chosen = make_estimators(layers, LoRAGAConfig(), rank=8)
+    chosen = make_accumulators(layers, LoRAGAConfig(), rank=8)
     assert [estimator.sketched for estimator in chosen.values()] == [False, True]
-    exact = make_estimators(layers, LoRAGAConfig(estimator="exact"), rank=8)
+    exact = make_accumulators(layers, LoRAGAConfig(estimator="exact"), rank=8)
     assert not any(estimator.sketched for estimator in exact.values())
     assert sketch_columns(LoRAGAConfig(), 16) == 128
     # A sketch is smaller than what it replaces wherever it is chosen: 2 (k + 16) (in + out) numbers against in * out.
@@ -221,7 +221,7 @@ def test_layers_choose_the_cheaper_form_by_themselves() -> None:
 
 def test_a_sketch_too_small_for_the_rank_is_refused() -> None:
     with pytest.raises(ValueError, match=r"sketch_size=16 can't hold the 2r = 32 directions that layer up needs"):
-        make_estimators([("up", (2048, 2048))], LoRAGAConfig(sketch_size=16), rank=16)
+        make_accumulators([("up", (2048, 2048))], LoRAGAConfig(sketch_size=16), rank=16)
 
 
 @pytest.mark.parametrize("kind", ["exact", "sketch"])
@@ -230,12 +230,12 @@ def test_a_restored_estimator_gives_bitwise_the_same(kind: str) -> None:
     estimator = ExactGradient((256, 320)) if kind == "exact" else SketchedGradient((256, 320), k=32)
     run(estimator, data)
     estimator.divide(3.0)
-    again = restore_estimator({key: value.clone() for key, value in estimator.state().items()}, (256, 320))
+    again = restore_accumulator({key: value.clone() for key, value in estimator.state().items()}, (256, 320))
     assert again.sketched == (kind == "sketch")
     for a, b in zip(estimator.svd(8)[:3], again.svd(8)[:3], strict=True):
         assert torch.equal(a, b)
     with pytest.raises(KeyError, match="shape"):
-        restore_estimator(estimator.state(), (320, 256))
+        restore_accumulator(estimator.state(), (320, 256))
 
 
 def test_turned_matrices_keep_the_dtype_of_the_data() -> None:
@@ -245,10 +245,10 @@ def test_turned_matrices_keep_the_dtype_of_the_data() -> None:
     for x, dy in data:
         estimator.add(x, dy, 1.0)
     turn([estimator])
-    assert estimator.T.dtype is estimator.L.dtype is torch.bfloat16
-    before = estimator.T
+    assert estimator.Omega.dtype is estimator.Psi.dtype is torch.bfloat16
+    before = estimator.Omega
     estimator.add(*data[0], 1.0)
-    assert estimator.T is before
+    assert estimator.Omega is before
 
 
 def test_turning_points_are_shares_of_the_samples() -> None:
@@ -258,12 +258,12 @@ def test_turning_points_are_shares_of_the_samples() -> None:
 
 
 def sketches_of(G: Tensor, k: int, orthonormal: bool, seed: int = 0) -> tuple[Tensor, ...]:
-    """Return `T, L, Y, Z` of `G` in fp64."""
+    """Return `Omega, Psi, Y, Z` of `G` in fp64."""
     generator = torch.Generator().manual_seed(seed)
-    T, L = (torch.randn(n, k, generator=generator, dtype=torch.float64) for n in (G.shape[1], G.shape[0]))
+    Omega, Psi = (torch.randn(n, k, generator=generator, dtype=torch.float64) for n in (G.shape[1], G.shape[0]))
     if orthonormal:
-        T, L = torch.linalg.qr(T).Q, torch.linalg.qr(L).Q
-    return T, L, G @ T, G.T @ L
+        Omega, Psi = torch.linalg.qr(Omega).Q, torch.linalg.qr(Psi).Q
+    return Omega, Psi, G @ Omega, G.T @ Psi
 
 
 @pytest.mark.parametrize("orthonormal", [True, False])
@@ -272,10 +272,10 @@ def test_merging_is_the_completion_of_the_reference(orthonormal: bool, known: fl
     k = 12
     generator = torch.Generator().manual_seed(1)
     G = torch.randn(70, 90, generator=generator, dtype=torch.float64) / (1 + torch.arange(90.0)).double()
-    T, L, Y, Z = sketches_of(G, k, orthonormal)
+    Omega, Psi, Y, Z = sketches_of(G, k, orthonormal)
     S = known * torch.linspace(3.0, 1.0, k, dtype=torch.float64)
-    U, found, V = merge(T, L, S, Y, Z)
-    true = reference.completed_from_sketches(T, L, Y, Z, k // 2) + L @ S.diag() @ T.T
+    U, found, V = merge(Omega, Psi, S, Y, Z)
+    true = reference.completed_from_sketches(Omega, Psi, Y, Z, k // 2) + Psi @ S.diag() @ Omega.T
     torch.testing.assert_close(U @ found.diag() @ V.T, reference.best_rank(true, k), rtol=0, atol=1e-9)
     torch.testing.assert_close(found, torch.linalg.svdvals(true)[:k], rtol=1e-9, atol=1e-10)
     for basis in (U, V):
@@ -290,19 +290,19 @@ def test_merging_loses_nothing_of_a_matrix_of_half_the_rank(rank: int) -> None:
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
     G = draw(70, rank) @ draw(rank, 90)
     for orthonormal in (True, False):
-        T, L, Y, Z = sketches_of(G, k, orthonormal)
+        Omega, Psi, Y, Z = sketches_of(G, k, orthonormal)
         S = torch.tensor([2.0, 1.0] + [0.0] * (k - 2), dtype=torch.float64)
-        U, found, V = merge(T, L, S, Y, Z)
-        torch.testing.assert_close(U @ found.diag() @ V.T, G + L @ S.diag() @ T.T, rtol=0, atol=1e-10)
+        U, found, V = merge(Omega, Psi, S, Y, Z)
+        torch.testing.assert_close(U @ found.diag() @ V.T, G + Psi @ S.diag() @ Omega.T, rtol=0, atol=1e-10)
 
 
 def test_a_batch_of_matrices_is_merged_as_each_alone() -> None:
     data = [sketches_of(torch.randn(40, 50, dtype=torch.float64) * scale, 8, True, seed=3) for scale in (1.0, 1e-9, 0)]
     S = torch.zeros(8, dtype=torch.float64)
-    T, L, Y, Z = (torch.stack(part) for part in zip(*data, strict=True))
-    together = merge(T, L, torch.stack([S] * 3), Y, Z)
-    for number, (T, L, Y, Z) in enumerate(data):
-        U, found, V = merge(T, L, S, Y, Z)
+    Omega, Psi, Y, Z = (torch.stack(part) for part in zip(*data, strict=True))
+    together = merge(Omega, Psi, torch.stack([S] * 3), Y, Z)
+    for number, (Omega, Psi, Y, Z) in enumerate(data):
+        U, found, V = merge(Omega, Psi, S, Y, Z)
         torch.testing.assert_close(together[1][number], found, rtol=1e-12, atol=0)
         product = lambda U, S, V: U @ S.diag() @ V.T
         torch.testing.assert_close(product(*(part[number] for part in together)), product(U, found, V))
@@ -321,7 +321,7 @@ def test_two_shapes_turn_in_one_call() -> None:
     turn(together)
     for a, b in zip(alone, together, strict=True):
         torch.testing.assert_close(a.S, b.S, rtol=1e-5, atol=0)
-        known = [(e.L[:, :32] * e.S) @ e.T[:, :32].T for e in (a, b)]
+        known = [(e.Psi[:, :32] * e.S) @ e.Omega[:, :32].T for e in (a, b)]
         torch.testing.assert_close(*known, rtol=0, atol=1e-5 * a.S[0].item())
 
 

@@ -1,10 +1,11 @@
-"""Accumulators of a gradient that is only ever seen in parts: what the probe asks of one, and the exact one."""
+"""Accumulators of a gradient that is only ever seen in parts: the interface, and the one that keeps all of it."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,37 +18,44 @@ from ..maths.recovery import TopSVD, top_svd
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
-class Estimator(Protocol):
-    """What the probe asks of an accumulator."""
+class Accumulator(ABC):
+    """The sum of one layer's gradient `G (out, in)` over the probe. It is linear in what is added."""
 
     sketched: bool
+    dtype: torch.dtype  # that products are computed in; known once something was added
 
     @property
+    @abstractmethod
     def directions(self) -> int:
         """How many singular triplets `svd` can give."""
 
-    dtype: torch.dtype  # that products are computed in; known once something was added
-
-    def place(self, device: torch.device) -> None:
+    @abstractmethod
+    def move_to(self, device: torch.device) -> None:
         """Live on `device` from now on."""
 
+    @abstractmethod
     def add(self, x: Tensor, dy: Tensor, weight: float) -> None:
         """Add `weight * dy^T x` for `x (N, in)`, `dy (N, out)`."""
 
+    @abstractmethod
     def add_gradient(self, G: Tensor, weight: float) -> None:
         """Add `weight * G` for a `G (out, in)` that was formed elsewhere."""
 
+    @abstractmethod
     def sums(self) -> list[Tensor]:
         """Return what processes add up at the end."""
 
+    @abstractmethod
     def divide(self, items: float) -> None:
         """Turn the sum into the mean."""
 
+    @abstractmethod
     def state(self) -> dict[str, Tensor]:
         """Return all that `svds` needs, by name."""
 
     @staticmethod
-    def svds(some: Sequence[Estimator], k: int) -> list[TopSVD]:
+    @abstractmethod
+    def svds(some: Sequence[Any], k: int) -> list[TopSVD]:
         """Return the top `k` singular triplets of each of `some`, all of this kind, of one shape and on one device."""
 
     def svd(self, k: int) -> TopSVD:
@@ -56,7 +64,7 @@ class Estimator(Protocol):
         return top
 
 
-class ExactGradient(Estimator):
+class ExactGradient(Accumulator):
     """`G` itself, in fp32."""
 
     sketched = False
@@ -65,7 +73,7 @@ class ExactGradient(Estimator):
     def __init__(self, shape: tuple[int, int]) -> None:
         self.G = torch.zeros(shape, dtype=torch.float32)
 
-    def place(self, device: torch.device) -> None:
+    def move_to(self, device: torch.device) -> None:
         self.G = self.G.to(device)
 
     def add(self, x: Tensor, dy: Tensor, weight: float) -> None:
@@ -91,12 +99,14 @@ class ExactGradient(Estimator):
     @staticmethod
     def svds(some: Sequence[ExactGradient], k: int) -> list[TopSVD]:
         G = stack([narrow(exact.G) for exact in some])
+        # Columns beyond k let subspace iteration converge in few rounds, also where singular values lie close.
         return top_svd(G, k, gaussian(G.shape[-1], min(6 * k, *G.shape[-2:]), 0, G.device))
 
 
 @lru_cache(maxsize=64)
 def gaussian(rows: int, columns: int, seed: int, device: torch.device) -> Tensor:  # (rows, columns)
     """Draw a standard normal matrix on the CPU, the same on every machine; layers of one shape share it."""
+    # The seed depends on the shape, so that test matrices of two layers are independent.
     generator = torch.Generator().manual_seed(seed * 1_000_003 + rows)
     return torch.randn(rows, columns, generator=generator, dtype=torch.float32).to(device)
 
@@ -125,6 +135,7 @@ def add_product(
     weight: float,
 ) -> None:
     """Add `weight * left^T right` to `total`: products in the dtype of the factors, the sum in fp32."""
+    # One fused product where it adds in fp32 anyway. With bf16 factors `addmm_` would round the running sum to bf16.
     if left.dtype is total.dtype:
         total.addmm_(left.T, right, alpha=weight)
     else:

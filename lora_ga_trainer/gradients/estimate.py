@@ -1,4 +1,4 @@
-"""What a probe learned: the gradient of every adapted weight, and what it was averaged over."""
+"""Gradient estimate: what the probe learned of every adapted weight, and what it was averaged over."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from .accumulator import Estimator
+from ..config import LoRAGAConfig
+from .accumulator import Accumulator
 
 
 class NonFiniteGradient(ValueError):
@@ -19,8 +20,8 @@ class GradientEstimate:
     What the probe learned.
 
     Args:
-        estimators: one per adapted layer, of fused experts one each, by name, holding `G = dL/dW (out, in)` of the
-            item-weighted mean loss.
+        estimators: the accumulators, one per adapted layer, of fused experts one each, by name, holding
+            `G = dL/dW (out, in)` of the item-weighted mean loss.
         samples: examples used, over all processes.
         items: what the loss is a mean over (label tokens, or examples), over all processes.
         tokens: input tokens that passed through the model, over all processes.
@@ -33,7 +34,7 @@ class GradientEstimate:
         first_loss: the mean loss over the `first_batch` of all processes.
     """
 
-    estimators: dict[str, Estimator]
+    estimators: dict[str, Accumulator]
     samples: int = 0
     items: float = 0.0
     tokens: int = 0
@@ -50,3 +51,23 @@ class GradientEstimate:
         """Bytes of probe state on this process, test matrices included once."""
         tensors = {t.data_ptr(): t for e in self.estimators.values() for t in e.state().values()}
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def require_reached(unreached: list[str], config: LoRAGAConfig, source: str | None = None) -> None:
+    """
+    Refuse layers that the loss never reached, unless the config allows them.
+
+    Args:
+        unreached: their names.
+        config: `allow_unreached` is read.
+        source: where the names come from, for the message: a probe that runs now names none.
+
+    Raises:
+        `ValueError`: naming the layers.
+    """
+    if unreached and not config.allow_unreached:
+        what = "The loss" if source is None else f"{source}: the loss"
+        raise ValueError(
+            f"{what} never reaches {len(unreached)} adapted layers: {', '.join(unreached[:5])}. Leave them out of "
+            "`target_modules`, or set LoRAGAConfig(allow_unreached=True) to start them as plain LoRA."
+        )

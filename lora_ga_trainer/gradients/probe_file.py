@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,19 +17,20 @@ from ..adapters.find import require_peft_model
 from ..adapters.layer import AdaptedLayer
 from ..config import LoRAGAConfig
 from ..engines.collectives import gather_integers
+from ..saving.atomic import whole_file
 from ..saving.fingerprint import fingerprint_base, fingerprint_dataset, fingerprint_heads
 from ..saving.json_file import is_number, parse_json, short
-from .accumulator import Estimator
-from .estimate import GradientEstimate
+from .accumulator import Accumulator
+from .estimate import GradientEstimate, require_reached
 from .probe import estimate_gradients
-from .restore import require_state_shapes, restore_estimator
+from .restore import require_state_shapes, restore_accumulator
 
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
     from transformers import Trainer
 
-_FORMAT = "2"
+_FORMAT = "3"
 _FIGURES = ("samples", "items", "tokens", "loss", "seconds", "bytes_sent")
 
 
@@ -57,13 +57,10 @@ def save_estimate(
     tensors = _own_memory(
         {f"{name}|{key}": tensor for name, e in estimate.estimators.items() for key, tensor in e.state().items()}
     )
-    target = _path(config)
-    partial = target.with_name(target.name + ".partial")
     try:
-        save_file(tensors, partial, metadata=metadata)
-        os.replace(partial, target)
+        with whole_file(_path(config)) as partial:
+            save_file(tensors, partial, metadata=metadata)
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
         raise OSError(
             f"probe_file={config.probe_file!r} could not be written ({error}). Free some space or name another file; "
             "the probe itself went well."
@@ -105,9 +102,9 @@ def load_estimate(
             )
     with _damage_named(config):
         figures, unreached = _parse_figures(metadata), _parse_unreached(metadata, layers)
-        estimators = _read_estimators(path, layers)
-    _require_use(config, layers, estimators, unreached)
-    return GradientEstimate(estimators=estimators, unreached=unreached, **figures)
+        accumulators = _read_accumulators(path, layers)
+    _require_use(config, layers, accumulators, unreached)
+    return GradientEstimate(estimators=accumulators, unreached=unreached, **figures)
 
 
 @contextmanager
@@ -122,7 +119,7 @@ def _damage_named(config: LoRAGAConfig) -> Iterator[None]:
         ) from error
 
 
-def _read_estimators(path: Path, layers: Sequence[AdaptedLayer]) -> dict[str, Estimator]:
+def _read_accumulators(path: Path, layers: Sequence[AdaptedLayer]) -> dict[str, Accumulator]:
     """Read the tensors of every matrix, none of them before all are known to be of the shapes of the layers."""
     shapes = {name: layer.shape for layer in layers for name in layer.matrices}
     with safe_open(path, framework="pt") as file:
@@ -135,7 +132,7 @@ def _read_estimators(path: Path, layers: Sequence[AdaptedLayer]) -> dict[str, Es
         for name, header in headers.items():
             require_state_shapes(header, shapes[name])
         return {
-            name: restore_estimator({part: file.get_tensor(f"{name}|{part}") for part in headers[name]}, shape)
+            name: restore_accumulator({part: file.get_tensor(f"{name}|{part}") for part in headers[name]}, shape)
             for name, shape in shapes.items()
         }
 
@@ -158,18 +155,13 @@ def _parse_unreached(metadata: dict[str, str], layers: Sequence[AdaptedLayer]) -
 
 
 def _require_use(
-    config: LoRAGAConfig, layers: Sequence[AdaptedLayer], estimators: dict[str, Estimator], unreached: list[str]
+    config: LoRAGAConfig, layers: Sequence[AdaptedLayer], accumulators: dict[str, Accumulator], unreached: list[str]
 ) -> None:
     """Refuse an estimate that is whole but of no use to this run."""
-    if unreached and not config.allow_unreached:
-        raise ValueError(
-            f"probe_file={config.probe_file!r}: the loss never reaches {len(unreached)} adapted layers: "
-            f"{', '.join(unreached[:5])}. Leave them out of `target_modules`, or set "
-            "LoRAGAConfig(allow_unreached=True) to start them as plain LoRA."
-        )
+    require_reached(unreached, config, f"probe_file={config.probe_file!r}")
     for layer in layers:
         needed = min(2 * layer.rank, *layer.shape)
-        directions = min(estimators[name].directions for name in layer.matrices)
+        directions = min(accumulators[name].directions for name in layer.matrices)
         if directions < needed:
             raise ValueError(
                 f"probe_file={config.probe_file!r} holds {directions} directions of layer "

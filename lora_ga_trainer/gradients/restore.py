@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..engines.devices import wide
 from ..maths.recovery import HELD_OUT
-from .accumulator import DTYPES, Estimator, ExactGradient
+from .accumulator import DTYPES, Accumulator, ExactGradient
 from .sketch import SketchedGradient
 
 
@@ -26,20 +26,20 @@ def require_state_shapes(state: dict[str, tuple[int, ...]], shape: tuple[int, in
     out_features, in_features = shape
     if set(state) == {"G"}:
         expected = {"G": (out_features, in_features)}
-    elif set(state) == {"T", "L", "S", "Y", "Z"}:
+    elif set(state) == {"Omega", "Psi", "S", "Y", "Z"}:
         (k,) = state["S"] if len(state["S"]) == 1 else (0,)
         if not 0 < k <= min(shape):
             raise KeyError(f"S has shape {state['S']}, a sketch of {out_features} x {in_features} can't")
         right, left = (in_features, k + HELD_OUT), (out_features, k + HELD_OUT)
-        expected = {"T": right, "L": left, "S": (k,), "Y": left, "Z": right}
+        expected = {"Omega": right, "Psi": left, "S": (k,), "Y": left, "Z": right}
     else:
-        raise KeyError(f"tensors {sorted(state)[:10]}, expected G, or T, L, S, Y and Z")
+        raise KeyError(f"tensors {sorted(state)[:10]}, expected G, or Omega, Psi, S, Y and Z")
     for name, found in state.items():
         if found != expected[name]:
             raise KeyError(f"{name} has shape {found}, expected {expected[name]}")
 
 
-def restore_estimator(state: dict[str, Tensor], shape: tuple[int, int]) -> Estimator:
+def restore_accumulator(state: dict[str, Tensor], shape: tuple[int, int]) -> Accumulator:
     """
     Make the accumulator whose `state()` is given.
 
@@ -49,7 +49,7 @@ def restore_estimator(state: dict[str, Tensor], shape: tuple[int, int]) -> Estim
     """
     require_state_shapes({name: tuple(tensor.shape) for name, tensor in state.items()}, shape)
     for name, tensor in state.items():
-        if tensor.dtype is not torch.float32 and (name not in ("T", "L") or tensor.dtype not in DTYPES):
+        if tensor.dtype is not torch.float32 and (name not in ("Omega", "Psi") or tensor.dtype not in DTYPES):
             raise KeyError(f"{name} is of dtype {tensor.dtype}")
         if not torch.isfinite(tensor).all():
             raise KeyError(f"{name} is not finite")
@@ -58,11 +58,11 @@ def restore_estimator(state: dict[str, Tensor], shape: tuple[int, int]) -> Estim
         exact.G = state["G"]
         return exact
     k = state["S"].shape[0]
-    for name in ("T", "L"):
+    for name in ("Omega", "Psi"):
         gram = wide(state[name][:, :k]).T @ wide(state[name][:, :k])
         if not torch.linalg.eigvalsh(gram / gram.trace().clamp(min=1e-200))[0] > _LEAST_GRAM / k:
             raise KeyError(f"the columns of {name} depend on each other")
     sketch = SketchedGradient.__new__(SketchedGradient)
-    sketch.k, sketch.seed, sketch.dtype, sketch.turned = k, 0, state["T"].dtype, True
-    sketch.T, sketch.L, sketch.S, sketch.Y, sketch.Z = (state[name] for name in ("T", "L", "S", "Y", "Z"))
+    sketch.k, sketch.seed, sketch.dtype, sketch.turned = k, 0, state["Omega"].dtype, True
+    sketch.Omega, sketch.Psi, sketch.S, sketch.Y, sketch.Z = (state[name] for name in ("Omega", "Psi", "S", "Y", "Z"))
     return sketch

@@ -59,7 +59,7 @@ class _MicroBatch:
 
 
 class _CountingCollator:
-    """A data collator whose batches say how many samples they were made of, which their rows may not."""
+    """Wraps a collator so that each batch records its sample count, which may differ from its row count."""
 
     def __init__(self, collate: Callable[[Any], Any]) -> None:
         self.collate = collate

@@ -2,12 +2,13 @@
 Accumulators of a gradient `G = dL/dW (out, in)` that is only ever seen as pairs `(x, dy)` with `G = sum dy^T x`, or,
 for fused experts, as the gradient of one micro-batch after the other.
 
-`ExactGradient` keeps `G`. `SketchedGradient` sees every sample once and keeps `Y = G T (out, k)` and
-`Z = G^T L (in, k)` for test matrices `T`, `L`: Gaussian for the first sixteenth of the samples (a two-sided range
-finder, Halko, Martinsson, Tropp, arXiv 0909.4061), then, from each turning point on, the singular vectors of all that
-was seen before. At a turning point the sketches of the samples since the last one are completed to a matrix, whose sum
-with what was known is cut to rank k (`recovery.merge`). So the first samples, which a blind sketch shows least well,
-weigh least. Both kinds are linear in the data between turning points, so processes add their accumulators.
+`ExactGradient` keeps `G`. `SketchedGradient` sees every sample once and keeps `Y = G Omega (out, k)` and
+`Z = G^T Psi (in, k)` for test matrices `Omega`, `Psi`. For the first sixteenth of the samples these are Gaussian (a
+two-sided range finder, Halko, Martinsson, Tropp, arXiv 0909.4061). From each turning point on they are the singular
+vectors of all that was seen before. At a turning point the sketches of the samples since the last one are completed to
+a matrix. Its sum with what was known is cut to rank k (`recovery.merge`). So the first samples, which a blind sketch
+shows least well, weigh least. Both kinds are linear in the data between turning points, so processes add their
+accumulators.
 
 The turning points and k = 4 * 2r were chosen by measuring: SmolLM2-135M, r = 8, q, o, gate, up and down of layers 1,
 15 and 28, fp32, the first GSM8K examples; the share of the energy of the best directions kept, of the worse side; mean
@@ -40,7 +41,7 @@ from torch import Tensor
 from ..config import LoRAGAConfig
 from ..engines.devices import narrow, wide
 from ..maths.recovery import HELD_OUT, TopSVD, merge, recover
-from .accumulator import Estimator, ExactGradient, add_product, cast, gaussian, stack, to_one_dtype
+from .accumulator import Accumulator, ExactGradient, add_product, cast, gaussian, stack, to_one_dtype
 
 
 _STACKED_BYTES = 2**26  # that the work on one stack may take, a single layer more; 2**28 was slower on a CPU
@@ -51,12 +52,12 @@ Item = TypeVar("Item")
 _TURNING_POINTS = (1 / 16, 1 / 4, 1 / 2)
 
 
-class SketchedGradient(Estimator):
+class SketchedGradient(Accumulator):
     """
-    `Y = G T (out, k + 16)` and `Z = G^T L (in, k + 16)`, in fp32, and `S (k,)`.
+    `Y = G Omega (out, k + 16)` and `Z = G^T Psi (in, k + 16)`, in fp32, and `S (k,)`.
 
     The first k columns are those of the samples since the last turning point; those before are known as
-    `L diag(S) T^T`. The last 16 columns stay Gaussian, gather all samples, and measure what the recovery misses.
+    `Psi diag(S) Omega^T`. The last 16 columns stay Gaussian, gather all samples, and measure what the recovery misses.
     """
 
     sketched = True
@@ -72,34 +73,34 @@ class SketchedGradient(Estimator):
 
     def _draw(self, out_features: int, in_features: int, device: torch.device) -> None:
         """Take the Gaussian matrices, which layers of one shape share."""
-        self.T = gaussian(in_features, self.k + HELD_OUT, self.seed, device)
-        self.L = gaussian(out_features, self.k + HELD_OUT, self.seed + 1, device)
+        self.Omega = gaussian(in_features, self.k + HELD_OUT, self.seed, device)
+        self.Psi = gaussian(out_features, self.k + HELD_OUT, self.seed + 1, device)
 
-    def place(self, device: torch.device) -> None:
+    def move_to(self, device: torch.device) -> None:
         if self.Y.device == device:
             return
         if self.turned:
-            self.T, self.L = self.T.to(device), self.L.to(device)
+            self.Omega, self.Psi = self.Omega.to(device), self.Psi.to(device)
         else:
-            self._draw(self.L.shape[0], self.T.shape[0], device)
+            self._draw(self.Psi.shape[0], self.Omega.shape[0], device)
         self.S, self.Y, self.Z = self.S.to(device), self.Y.to(device), self.Z.to(device)
 
     def add(self, x: Tensor, dy: Tensor, weight: float) -> None:
         x, dy = to_one_dtype(x, dy)
         self.compute_in(x.dtype)
-        add_product(self.Y, dy, x @ self.T, weight)  # G T = sum dy^T (x T)
-        add_product(self.Z, x, dy @ self.L, weight)  # G^T L = sum x^T (dy L)
+        add_product(self.Y, dy, x @ self.Omega, weight)  # G Omega = sum dy^T (x Omega)
+        add_product(self.Z, x, dy @ self.Psi, weight)  # G^T Psi = sum x^T (dy Psi)
 
     def add_gradient(self, G: Tensor, weight: float) -> None:
         G = G.to(self.Y.dtype)
-        self.Y.addmm_(G, self.T.to(G), alpha=weight)
-        self.Z.addmm_(G.T, self.L.to(G), alpha=weight)
+        self.Y.addmm_(G, self.Omega.to(G), alpha=weight)
+        self.Z.addmm_(G.T, self.Psi.to(G), alpha=weight)
 
     def compute_in(self, dtype: torch.dtype) -> None:
         """Round the test matrices once: the rounded ones are what the recovery uses."""
         self.dtype = dtype
-        if self.T.dtype != dtype:
-            self.T, self.L = cast(self.T, dtype), cast(self.L, dtype)
+        if self.Omega.dtype != dtype:
+            self.Omega, self.Psi = cast(self.Omega, dtype), cast(self.Psi, dtype)
 
     @property
     def directions(self) -> int:
@@ -114,28 +115,31 @@ class SketchedGradient(Estimator):
 
     def known(self) -> list[Tensor]:
         """Return what a turning point changes, which one process computes for all."""
-        return [self.T[:, : self.k], self.L[:, : self.k], self.S]
+        return [self.Omega[:, : self.k], self.Psi[:, : self.k], self.S]
 
     def start_anew(self, U: Tensor, S: Tensor, V: Tensor) -> None:
-        """Know `U diag(S) V^T` from now on, and see the samples that come through `V (in, k)` and `U (out, k)`."""
+        """Store `U diag(S) V^T` as the current estimate and sketch later samples with `U (out, k)` and `V (in, k)`."""
         self.compute_in(self.dtype)
-        self.T = torch.cat([V.to(self.T), self.T[:, self.k :]], dim=1)
-        self.L = torch.cat([U.to(self.L), self.L[:, self.k :]], dim=1)
+        # Where the next samples' gradients lie in these directions, and most of their energy does, the sketch shows
+        # them without error. New tensors, since layers of a shape share the Gaussian ones.
+        self.Omega = torch.cat([V.to(self.Omega), self.Omega[:, self.k :]], dim=1)
+        self.Psi = torch.cat([U.to(self.Psi), self.Psi[:, self.k :]], dim=1)
         self.S = S.to(self.S)
         self.turned = True
-        for sketch in self.since_last_turn():
-            sketch.zero_()
+        # The held-out columns go on: they measure the whole gradient at the end.
+        for part in self.since_last_turn():
+            part.zero_()
 
     def await_owner(self) -> None:
         """Make room for what another process computes at this turning point."""
-        self.start_anew(*(torch.empty_like(part) for part in (self.L[:, : self.k], self.S, self.T[:, : self.k])))
+        self.start_anew(*(torch.empty_like(part) for part in (self.Psi[:, : self.k], self.S, self.Omega[:, : self.k])))
 
     def divide(self, items: float) -> None:
         for part in (self.S, self.Y, self.Z):
             part.div_(items)
 
     def state(self) -> dict[str, Tensor]:
-        return {"T": self.T, "L": self.L, "S": self.S, "Y": self.Y, "Z": self.Z}
+        return {"Omega": self.Omega, "Psi": self.Psi, "S": self.S, "Y": self.Y, "Z": self.Z}
 
     @staticmethod
     def svds(some: Sequence[SketchedGradient], k: int) -> list[TopSVD]:
@@ -165,9 +169,9 @@ def is_sketched(shape: tuple[int, int], k: int) -> bool:
     return in_features * out_features > 4 * k * (in_features + out_features) and min(shape) > 6 * k
 
 
-def make_estimators(
+def make_accumulators(
     layers: Sequence[tuple[str, tuple[int, int]]], config: LoRAGAConfig, rank: int
-) -> dict[str, Estimator]:
+) -> dict[str, Accumulator]:
     """
     Make one empty accumulator a layer: exact where `config` asks for it or a sketch is not worth it, else a sketch.
 
@@ -179,44 +183,49 @@ def make_estimators(
         `ValueError`: if `config.sketch_size` is smaller than `2 * rank` and a layer would be sketched.
     """
     k = sketch_columns(config, rank)
-    estimators: dict[str, Estimator] = {}
+    accumulators: dict[str, Accumulator] = {}
     for name, shape in layers:
         if config.estimator == "exact" or not is_sketched(shape, k):
-            estimators[name] = ExactGradient(shape)
+            accumulators[name] = ExactGradient(shape)
             continue
         if k < 2 * rank:
             raise ValueError(
                 f"LoRAGAConfig: sketch_size={k} can't hold the 2r = {2 * rank} directions that layer {name} needs. "
                 f"Use at least {2 * rank}; the default is {8 * rank}."
             )
-        estimators[name] = SketchedGradient(shape, k, config.probe_seed)
-    return estimators
+        accumulators[name] = SketchedGradient(shape, k, config.probe_seed)
+    return accumulators
 
 
 def turn(sketches: Sequence[SketchedGradient]) -> None:
     """Make the test matrices of `sketches` anew from what they have seen."""
     for some in _stacks(sketches, lambda sketch: sketch, lambda sketch: sketch.dtype, _TO_TURN):
+        # A process that had no sample for a layer gets its dtype from the others and has not rounded the matrices yet.
         for sketch in some:
             sketch.compute_in(sketch.dtype)
-        T, L, S = (stack([narrow(sketch.known()[i]) for sketch in some]) for i in range(3))
+        Omega, Psi, S = (stack([narrow(sketch.known()[i]) for sketch in some]) for i in range(3))
         Y, Z = (stack([narrow(sketch.since_last_turn()[i]) for sketch in some]) for i in range(2))
-        for sketch, *triplets in zip(some, *merge(T, L, S, Y, Z), strict=True):
+        for sketch, *triplets in zip(some, *merge(Omega, Psi, S, Y, Z), strict=True):
             sketch.start_anew(*triplets)
 
 
-def top_svds(estimators: Mapping[str, Estimator], wanted: Mapping[str, int]) -> dict[str, TopSVD]:
+def top_svds(accumulators: Mapping[str, Accumulator], wanted: Mapping[str, int]) -> dict[str, TopSVD]:
     """Return the top `wanted[name]` singular triplets of the gradient of each name in `wanted`."""
     found: dict[str, TopSVD] = {}
-    for names in _stacks(list(wanted), estimators.__getitem__, wanted.__getitem__, _TO_RECOVER):
-        some = [estimators[name] for name in names]
+    for names in _stacks(list(wanted), accumulators.__getitem__, wanted.__getitem__, _TO_RECOVER):
+        some = [accumulators[name] for name in names]
         found.update(zip(names, some[0].svds(some, wanted[names[0]]), strict=True))
     return found
 
 
 def _stacks(
-    items: Sequence[Item], of: Callable[[Item], Estimator], kind: Callable[[Item], Hashable], work: int
+    items: Sequence[Item], of: Callable[[Item], Accumulator], kind: Callable[[Item], Hashable], work: int
 ) -> Iterator[list[Item]]:
-    """Group items whose accumulators are of one shape, device and `kind`; `work` bytes a number limit a group."""
+    """
+    Group items whose accumulators are of one shape, device and `kind`; `work` bytes a number limit a group.
+
+    Small factorisations are all overhead: one call for many layers costs little more than for one.
+    """
     groups: dict[Hashable, list[Item]] = {}
     for item in items:
         sums = of(item).sums()

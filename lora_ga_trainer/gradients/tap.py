@@ -102,7 +102,7 @@ class _ParameterTap(torch.autograd.Function):
 
 
 @contextmanager
-def tapped_parameters(places: Sequence[tuple[nn.Module, str]], sink: ParameterSink) -> Iterator[None]:
+def tapped_parameters(parameters: Sequence[tuple[nn.Module, str]], sink: ParameterSink) -> Iterator[None]:
     """
     Show `dL/dW` of every use of parametrised parameters to `sink` while the context is open.
 
@@ -110,14 +110,14 @@ def tapped_parameters(places: Sequence[tuple[nn.Module, str]], sink: ParameterSi
     when the sink returns, unless the sink keeps it. The parameters need no `requires_grad`.
 
     Args:
-        places: modules and the names of their parameters. While a module's forward runs, the parameter must be
+        parameters: modules and the names of their parameters. While a module's forward runs, the parameter must be
             parametrised (`torch.nn.utils.parametrize`), as PEFT's adapters of `target_parameters` do, and its value
             cached, or the sink sees one part of the gradient for each time that the forward reads it.
-        sink: called in the backward pass with the index of the place and `dL/dW` in the shape of `W`.
+        sink: called in the backward pass with the index of the parameter and `dL/dW` in the shape of `W`.
     """
     handles = []
     try:
-        for index, (module, name) in enumerate(places):
+        for index, (module, name) in enumerate(parameters):
             handles.append(module.register_forward_pre_hook(_make_pre_hook(index, name, sink)))
         yield
     finally:

@@ -1,5 +1,5 @@
 """
-From two-sided sketches of `G` to its strongest singular triplets, and how much of them was found. Pure maths.
+Recovery of the strongest singular triplets of `G` from two-sided sketches, and of how much was found. Pure maths.
 
 Leading dimensions are a batch of matrices of one shape.
 """
@@ -40,34 +40,38 @@ class TopSVD(NamedTuple):
 
 
 def merge(
-    T: Tensor,  # (..., in, k)
-    L: Tensor,  # (..., out, k)
+    Omega: Tensor,  # (..., in, k)
+    Psi: Tensor,  # (..., out, k)
     S: Tensor,  # (..., k)
-    Y: Tensor,  # (..., out, k) = G T
-    Z: Tensor,  # (..., in, k) = G^T L
+    Y: Tensor,  # (..., out, k) = G Omega
+    Z: Tensor,  # (..., in, k) = G^T Psi
 ) -> tuple[Tensor, Tensor, Tensor]:  # U (..., out, k), S (..., k), V (..., in, k)
     """
-    Find the `k` strongest singular triplets of `L diag(S) T^T + G`, of a `G` that only its sketches tell of.
+    Find the `k` strongest singular triplets of `Psi diag(S) Omega^T + G`, of a `G` that only its sketches tell of.
 
-    In orthonormal bases that begin with the spans of `T` and `L` and go on with those of `Z` and `Y`, the sketches are
-    the blocks `a, b, c` of `G = [[a, b], [c, d]]`. The block `d`, which no sketch has seen, is completed to
-    `c a^+ b`: it is that if `G` has rank k (generalised Nystrom: Nakatsukasa, arXiv 2009.11392). The pseudo-inverse
-    takes the stronger half of `a`; its weaker half would divide noise by noise.
+    The bases are orthonormal. They begin with the spans of `Omega` and `Psi` and go on with those of `Z` and `Y`. In
+    them the sketches are the blocks `a, b, c` of `G = [[a, b], [c, d]]`. No sketch has seen the block `d`. It is
+    completed to `c a^+ b`, which it is if `G` has rank k (generalised Nystrom: Nakatsukasa, arXiv 2009.11392). The
+    pseudo-inverse takes the stronger half of `a`, because the weaker half would divide noise by noise.
 
     Args:
-        T, L: test matrices of full rank.
-        S: what is known already, `L diag(S) T^T`.
+        Omega, Psi: test matrices of full rank.
+        S: what is known already, `Psi diag(S) Omega^T`.
     """
-    k = T.shape[-1]
+    k = Omega.shape[-1]
+    # Divided by the largest number: squares of tiny or huge gradients would leave fp32.
     scale = largest(Y, Z, S[..., None])
-    Q, of_Y = torch.linalg.qr(torch.cat([L, Y / scale], dim=-1))  # (..., out, q), (..., q, 2k)
-    P, of_Z = torch.linalg.qr(torch.cat([T, Z / scale], dim=-1))  # (..., in, p), (..., p, 2k)
-    R_L, R_T = of_Y[..., :k, :k], of_Z[..., :k, :k]
-    right = torch.linalg.solve_triangular(R_T, of_Y[..., k:], upper=True, left=False)  # [a; c] = Q^T G P_k
-    left = torch.linalg.solve_triangular(R_L, of_Z[..., k:], upper=True, left=False).mT  # [a, b] = Q_k^T G P
+    Q, of_Y = torch.linalg.qr(torch.cat([Psi, Y / scale], dim=-1))  # (..., out, q), (..., q, 2k)
+    P, of_Z = torch.linalg.qr(torch.cat([Omega, Z / scale], dim=-1))  # (..., in, p), (..., p, 2k)
+    # The test matrices need not be orthonormal: their triangular factors take `Y`, `Z` to the orthonormal bases.
+    R_Psi, R_Omega = of_Y[..., :k, :k], of_Z[..., :k, :k]
+    right = torch.linalg.solve_triangular(R_Omega, of_Y[..., k:], upper=True, left=False)  # [a; c] = Q^T G P_k
+    left = torch.linalg.solve_triangular(R_Psi, of_Z[..., k:], upper=True, left=False).mT  # [a, b] = Q_k^T G P
+    # Both sketches have seen the block `a`; rounding apart they agree.
     a, b, c = (right[..., :k, :] + left[..., :, :k]) / 2, left[..., :, k:], right[..., k:, :]
     d = c @ _stronger_half_inverse(a) @ b
-    known = R_L @ (S[..., None] / scale * R_T.mT)
+    # What was known lies in the spans of `Psi` and `Omega`, so all of it goes into the first block.
+    known = R_Psi @ (S[..., None] / scale * R_Omega.mT)
     core = torch.cat([torch.cat([a + known, b], dim=-1), torch.cat([c, d], dim=-1)], dim=-2)
     U, S, Vt = torch.linalg.svd(core)
     return Q @ U[..., :k], S[..., :k] * scale[..., 0], P @ Vt[..., :k, :].mT
@@ -85,27 +89,28 @@ def _stronger_half_inverse(
 
 
 def recover(
-    T: Tensor,  # (n, in, t + 16): t test columns, then 16 Gaussian ones
-    L: Tensor,  # (n, out, t + 16): the same on the other side
+    Omega: Tensor,  # (n, in, t + 16): t test columns, then 16 Gaussian ones
+    Psi: Tensor,  # (n, out, t + 16): the same on the other side
     S: Tensor,  # (n, t)
-    Y: Tensor,  # (n, out, t + 16): G T of what `S` does not hold; the last 16 of all
-    Z: Tensor,  # (n, in, t + 16): G^T L in the same way
+    Y: Tensor,  # (n, out, t + 16): G Omega of what `S` does not hold; the last 16 of all
+    Z: Tensor,  # (n, in, t + 16): G^T Psi in the same way
     k: int,
 ) -> list[TopSVD]:
-    """Recover the top `k` singular triplets of each `L diag(S) T^T + G`, see [`merge`]; all fp64."""
-    t = T.shape[-1] - HELD_OUT
-    (T, w), (L, z) = T.split([t, HELD_OUT], dim=-1), L.split([t, HELD_OUT], dim=-1)
+    """Recover the top `k` singular triplets of each `Psi diag(S) Omega^T + G`, see [`merge`]; all fp64."""
+    t = Omega.shape[-1] - HELD_OUT
+    (Omega, w), (Psi, z) = Omega.split([t, HELD_OUT], dim=-1), Psi.split([t, HELD_OUT], dim=-1)
     (Y, Gw), (Z, Gz) = Y.split([t, HELD_OUT], dim=-1), Z.split([t, HELD_OUT], dim=-1)
-    U, S, V = merge(T, L, S, Y, Z)
+    U, S, V = merge(Omega, Psi, S, Y, Z)
     scale = largest(S[..., None])
     S, Gw, Gz = S / scale[..., 0], Gw / scale, Gz / scale
     S, order = _without_overshoot(S, (U.mT @ Gw, V.mT @ w), (V.mT @ Gz, U.mT @ z)).sort(descending=True, stable=True)
-    first = order[..., None, :k]
+    first = order[..., None, :k]  # a value that shrank may now rank lower
     U, S, V = U.take_along_dim(first, dim=-1), S[..., :k], V.take_along_dim(first, dim=-1)
     # The columns that the recovery never saw measure what it missed: || M w ||^2 / 16 estimates || M ||^2.
     energy = lambda M: M.square().sum(dim=(-2, -1)) / HELD_OUT
     SVw, SUz = S[..., None] * (V.mT @ w), S[..., None] * (U.mT @ z)
     held = S.square().sum(dim=-1)
+    # What the found directions hold is the energy of the triplets and of what `G` has beside them in the same span.
     of_u, of_v = held + energy(U.mT @ Gw - SVw), held + energy(V.mT @ Gz - SUz)  # || U^T G ||^2, || G V ||^2
     kept = torch.where(held > 0, torch.minimum(of_u, of_v) / (of_u + of_v - held), 1.0)
     total = (held + (energy(Gw - U @ SVw) + energy(Gz - V @ SUz)) / 2) * scale[..., 0, 0] ** 2
@@ -117,10 +122,11 @@ def _without_overshoot(
     *seen: tuple[Tensor, Tensor],  # (..., t, 16) each: what a fresh column gave, and what `S` multiplies to tell it
 ) -> Tensor:  # (..., t)
     """
-    Take singular values down that fresh columns contradict, to what fits those best.
+    Shrink singular values that the held-out columns contradict to their least-squares fit.
 
-    Where the spectrum is flat and longer than a sketch is wide, `c a^+ b` divides small numbers by small ones. Half of
-    `S` is what no rounding and hardly any draw of the columns brings about.
+    Where the spectrum is flat and longer than a sketch is wide, `c a^+ b` divides small numbers by small ones and can
+    come out far too large. A value counts as contradicted where the fit is below half of it. Rounding does not reach
+    that far, and chance in the columns hardly ever does.
     """
     fitted = sum((of_G * of_S).sum(dim=-1) for of_G, of_S in seen) / sum(of_S.square().sum(dim=-1) for _, of_S in seen)
     return torch.where(fitted < S / 2, torch.maximum(fitted, _NOISE * S), S)
@@ -146,6 +152,7 @@ def top_svd(
         G = G / scale
     if start.shape[1] < min(G.shape[-2:]):
         Q = torch.linalg.qr(G @ start).Q
+        # Orthonormal after every product: powers of `G` alone would keep nothing but the first direction.
         for _ in range(6):
             Q = torch.linalg.qr(G @ torch.linalg.qr(G.mT @ Q).Q).Q
         U, S, Vt = torch.linalg.svd(Q.mT @ G, full_matrices=False)

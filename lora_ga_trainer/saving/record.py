@@ -16,6 +16,7 @@ from transformers.utils import cached_file
 
 from ..adapters.find import active_adapter
 from ..maths.inits import INITS
+from .atomic import whole_file
 from .json_file import read_json, short
 
 
@@ -118,10 +119,8 @@ def write_record(record: StartRecord, folder: str | os.PathLike[str]) -> None:
     """Write `lora_ga.json` into `folder`, whole or not at all."""
     content = {"format": _FORMAT, **asdict(record)}
     del content["initialised"]
-    target = Path(folder) / FILE_NAME
-    partial = target.with_suffix(".json.partial")
-    partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    partial.replace(target)
+    with whole_file(Path(folder) / FILE_NAME) as partial:
+        partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def read_record(folder: str | os.PathLike[str], **hub_kwargs: Any) -> StartRecord | None:

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from itertools import takewhile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from ..saving.atomic import whole_file
 
 
 if TYPE_CHECKING:
@@ -184,12 +185,10 @@ class GradientReport:
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write the whole report to `path`, whole or not at all."""
-        target = Path(path)
-        partial = target.with_name(target.name + ".partial")
         # JSON has no NaN or infinity: they become null.
         content = json.loads(json.dumps(self.to_dict()), parse_constant=lambda name: None)
-        partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        partial.replace(target)
+        with whole_file(path) as partial:
+            partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """

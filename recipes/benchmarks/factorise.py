@@ -25,8 +25,8 @@ from cost_models import clock
 from torch import Tensor
 
 from lora_ga_trainer import LoRAGAConfig
-from lora_ga_trainer.gradients.accumulator import Estimator
-from lora_ga_trainer.gradients.sketch import make_estimators, top_svds, turn
+from lora_ga_trainer.gradients.accumulator import Accumulator
+from lora_ga_trainer.gradients.sketch import make_accumulators, top_svds, turn
 
 
 # (out, in): SmolLM2-135M's MLP, an expert of Qwen3-MoE, a Llama of hidden size 2048, Llama-2-7B.
@@ -39,9 +39,9 @@ def gradient(shape: tuple[int, int], generator: torch.Generator, device: str) ->
     return (left / torch.arange(1, 129, device=device)) @ right.T
 
 
-def sketched(G: Tensor, rank: int) -> Estimator:
-    (estimator,) = make_estimators([("layer", tuple(G.shape))], LoRAGAConfig(), rank).values()
-    estimator.place(G.device)
+def sketched(G: Tensor, rank: int) -> Accumulator:
+    (estimator,) = make_accumulators([("layer", tuple(G.shape))], LoRAGAConfig(), rank).values()
+    estimator.move_to(G.device)
     estimator.add_gradient(G, 1.0)
     return estimator
 

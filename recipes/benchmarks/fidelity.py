@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lora_ga_trainer import LoRAGAConfig
-from lora_ga_trainer.gradients.sketch import SketchedGradient, make_estimators, turn, turning_points
+from lora_ga_trainer.gradients.sketch import SketchedGradient, make_accumulators, turn, turning_points
 from lora_ga_trainer.gradients.tap import tapped
 
 
@@ -86,7 +86,7 @@ class Watched:
         self.sketches: dict[tuple[int, int], SketchedGradient] = {}
         for r in ranks:
             for n in counts:
-                (estimator,) = make_estimators([("layer", shape)], LoRAGAConfig(), r).values()
+                (estimator,) = make_accumulators([("layer", shape)], LoRAGAConfig(), r).values()
                 if estimator.sketched:
                     self.sketches[n, r] = estimator
         self.found: list[dict[str, float]] = []

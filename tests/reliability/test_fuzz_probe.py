@@ -179,8 +179,8 @@ def ruin(name: str, change: Callable[[Tensor], object]) -> Callable[[dict[str, T
 
 
 RUINED = {
-    "test columns of zeros": ruin("T", lambda T: T.zero_()),
-    "two test columns alike": ruin("L", lambda L: L[:, 0].copy_(L[:, 1])),
+    "test columns of zeros": ruin("Omega", lambda Omega: Omega.zero_()),
+    "two test columns alike": ruin("Psi", lambda Psi: Psi[:, 0].copy_(Psi[:, 1])),
     "NaN in the last sketch": ruin("Z", lambda Z: Z[-1, -1].fill_(float("nan"))),
     "infinite singular value": ruin("S", lambda S: S[0].fill_(float("inf"))),
 }

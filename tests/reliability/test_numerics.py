@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lora_ga_trainer import LoRAGAConfig
 from lora_ga_trainer.gradients.accumulator import ExactGradient
-from lora_ga_trainer.gradients.sketch import SketchedGradient, make_estimators
+from lora_ga_trainer.gradients.sketch import SketchedGradient, make_accumulators
 from lora_ga_trainer.maths.factors import lora_ga_scale
 from lora_ga_trainer.maths.inits import INITS, LayerGradient
 from lora_ga_trainer.maths.recovery import TopSVD
@@ -132,7 +132,7 @@ def start(name: str, estimator: ExactGradient | SketchedGradient, layer: Layer) 
 
 
 def check_exact(layer: Layer) -> None:
-    (estimator,) = make_estimators([("layer", layer.G.shape)], LoRAGAConfig(estimator="exact"), layer.r).values()
+    (estimator,) = make_accumulators([("layer", layer.G.shape)], LoRAGAConfig(estimator="exact"), layer.r).values()
     run(estimator, layer.data)
     # fp32: each of at most 96 products and sums rounds once. bf16: each of 16 products is rounded to 8 bits as well.
     rounding = 100 * U + (2.0**-8 if layer.dtype is torch.bfloat16 else 0)
@@ -156,7 +156,7 @@ def shares(G: Tensor, U: Tensor, V: Tensor) -> float:
 
 def check_sketched(layer: Layer) -> tuple[float, float]:
     """Return the energy that was missed and the one that was reported missed."""
-    (estimator,) = make_estimators([("layer", layer.G.shape)], LoRAGAConfig(), layer.r).values()
+    (estimator,) = make_accumulators([("layer", layer.G.shape)], LoRAGAConfig(), layer.r).values()
     assert estimator.sketched
     run(estimator, layer.data)
     top, r = estimator.svd(2 * layer.r), layer.r
