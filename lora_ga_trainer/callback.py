@@ -129,6 +129,7 @@ def _require_no_optimizer(config: LoRAGAConfig) -> None:
     chosen = config.optimizer
     if chosen.entry.build is not None:
         raise ValueError(
-            f"LoRAGACallback: {chosen.setting} is built when the Trainer makes its optimizer, where a callback has no say. "
-            "Use LoRAGATrainer or LoRAGAMixin, or pass `optimizers=(LoRAProOptimizer(...), None)` to the Trainer yourself."
+            f"LoRAGACallback: {chosen.setting} is built when the Trainer makes its optimizer, where a callback has no "
+            "say. Use LoRAGATrainer or LoRAGAMixin, or pass `optimizers=(LoRAProOptimizer(...), None)` to the Trainer "
+            "yourself."
         )
