@@ -76,7 +76,7 @@ class LoRAGACallback(TrainerCallback):
         if self.config.init != "none" and not self._evaluates:
             prepare_trainer(trainer, self.config, probe_dataset)
         if not overrides and record_of_model(trainer.model) is not None:
-            patch_trainer(trainer)
+            patch_trainer(trainer, self)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -10,6 +10,7 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from transformers import TrainerCallback
 
 from .optimizers.weight_decay import without_anchored
 from .saving.resume import checked_checkpoint
@@ -19,12 +20,40 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 
-def patch_trainer(trainer: Trainer) -> None:
-    """Make a trainer leave anchored parameters out of weight decay, and check a checkpoint before it is loaded."""
+def put_first(trainer: Trainer, callback: TrainerCallback) -> None:
+    """
+    Let a callback run before the trainer's other ones, those of transformers excepted.
+
+    Callbacks that copy weights when training begins (moving averages) have to see the start. The trackers of
+    transformers set themselves up at that moment and have to be ready for what the start logs.
+    """
+    callbacks = trainer.callback_handler.callbacks
+    if callback not in callbacks:
+        return
+    callbacks.remove(callback)
+    of_transformers = [_is_of_transformers(other) for other in callbacks]
+    callbacks.insert(of_transformers.index(False) if False in of_transformers else len(callbacks), callback)
+
+
+def _is_of_transformers(callback: TrainerCallback) -> bool:
+    kinds = [kind for kind in type(callback).__mro__ if kind not in (TrainerCallback, object)]
+    return any(kind.__module__.startswith("transformers.") for kind in kinds)
+
+
+def patch_trainer(trainer: Trainer, callback: TrainerCallback) -> None:
+    """
+    Make a trainer leave anchored parameters out of weight decay, check a checkpoint before it is loaded, and begin
+    training with a start.
+
+    Args:
+        trainer: made already.
+        callback: the one that starts.
+    """
     train, choose = trainer.train, trainer.get_decay_parameter_names
 
     @functools.wraps(train)
     def checked_train(resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        put_first(trainer, callback)
         return train(checked_checkpoint(trainer, resume_from_checkpoint), *args, **kwargs)
 
     def undecayed(model: nn.Module) -> list[str]:

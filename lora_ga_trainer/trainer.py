@@ -16,6 +16,7 @@ from .config import LoRAGAConfig, asked_for
 from .engines.support import holds_whole_gradients
 from .optimizers.build import build_optimizer, require_correctable
 from .optimizers.weight_decay import without_anchored
+from .patches import put_first
 from .saving.resume import checked_checkpoint
 from .starts.prepare import prepare_adapter, require_config
 from .starts.report import GradientReport
@@ -72,6 +73,7 @@ class LoRAGAMixin:
 
         With `resume_from_checkpoint=True` the newest one that was written to its end is taken.
         """
+        put_first(self, self._lora_ga_callback)
         return super().train(checked_checkpoint(self, resume_from_checkpoint), *args, **kwargs)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:

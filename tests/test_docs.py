@@ -1,4 +1,4 @@
-"""What a reader meets first: docstrings as pydoc shows them, the length of the front page, files that it names."""
+"""What a reader meets first: docstrings as pydoc shows them, and the files that the README and the docs name."""
 
 from __future__ import annotations
 
@@ -29,18 +29,32 @@ def test_every_public_name_renders_with_pydoc_and_explains_what_it_takes(name):
 
 def test_the_package_renders_with_pydoc_and_opens_with_its_letters():
     text = pydoc.plain(pydoc.render_doc(lora_ga_trainer))
-    assert "`W` frozen base weight `(out, in)`" in text
+    listed = set(re.findall(r"^ {8}([A-Z]|[a-z])(?:, \w+)*  +\S", text, re.MULTILINE))
+    assert {"W", "G", "A", "s", "r", "k"} <= listed
     for name in lora_ga_trainer.__all__:
         assert name in text
 
 
-def test_the_front_page_is_short_and_names_only_files_that_exist():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert len(text.splitlines()) < 250
-    named = set(re.findall(r"(?:lora_ga_trainer|recipes|notebooks|tests)/[\w/.-]*\w\.(?:py|yaml|ipynb)", text))
-    assert named
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_names_only_files_that_exist(page):
+    text = page.read_text(encoding="utf-8")
+    named = set(
+        re.findall(r"(?:lora_ga_trainer|recipes|notebooks|tests|docs)/[\w/.-]*\w\.(?:py|yaml|ipynb|rst)", text)
+    )
     missing = sorted(path for path in named if not (ROOT / path).exists())
     assert missing == []
+
+
+def test_the_pages_name_the_programs_and_the_notebooks():
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    programs = {path.name for path in (ROOT / "recipes").glob("*.py")} - {"__init__.py"}
+    notebooks = {path.name for path in (ROOT / "notebooks").glob("*.ipynb")}
+    assert programs
+    assert notebooks
+    assert sorted(name for name in programs | notebooks if name not in text) == []
 
 
 def test_the_changes_begin_with_the_version_of_the_package():

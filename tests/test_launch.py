@@ -21,11 +21,11 @@ FILES = sorted((RECIPES / "accelerate").glob("*.yaml"))
 PROCESSES = {"one_process": 1, "two_cpu_processes": 2}
 
 
-def test_the_files_are_those_the_readme_tells_of() -> None:
+def test_the_files_are_those_the_docs_tell_of() -> None:
     names = {file.stem for file in FILES}
     assert names == {"one_process", "two_cpu_processes", "ddp", "fsdp2", "zero2", "zero3", "zero3_offload"}
-    readme = RECIPES.with_name("README.md").read_text(encoding="utf-8")
-    assert all(f"{name}.yaml" in readme for name in names)
+    page = (RECIPES.parent / "docs" / "engines.md").read_text(encoding="utf-8")
+    assert all(f"{name}.yaml" in page for name in names)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

@@ -1,17 +1,20 @@
 """
-What an adapter's folder says of its start (record.py), which of them can be resumed (checkpoint.py), and the digests
-that tell one base or data set from another (fingerprint.py).
+The record of a start in an adapter's folder, which of them can be resumed, and the digests that tell one base or data
+set from another.
 """
 
 import copy
+import dataclasses
 import json
+from types import SimpleNamespace
+from typing import Any
 
 import datasets
 import numpy as np
 import pytest
 import tiny
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 
 from lora_ga_trainer import LoRAGAConfig, LoRAGATrainer, load_adapter
@@ -308,6 +311,35 @@ class TestFingerprintOfTheBase:
     def test_it_does_not_change_with_the_attention_implementation(self):
         eager, sdpa = tiny.llama(attn_implementation="eager"), tiny.llama(attn_implementation="sdpa")
         assert digest(tiny.with_lora(eager)) == digest(tiny.with_lora(sdpa))
+
+    @pytest.mark.parametrize("kind", ["dataclass", "slots", "namespace", "class", "mapping"])
+    def test_a_model_whose_config_is_not_of_transformers_has_one(self, kind):
+        @dataclasses.dataclass(slots=kind == "slots")
+        class Config:
+            num_heads: int = 4
+            hidden_act: Any = torch.nn.functional.gelu
+
+        class Net(torch.nn.Module):
+            def __init__(self, config):
+                super().__init__()
+                torch.manual_seed(0)
+                self.config, self.layer = config, torch.nn.Linear(8, 8)
+
+        def digest(**values):
+            values = {"num_heads": 4, "hidden_act": torch.nn.functional.gelu} | values
+            made = {
+                "namespace": lambda: SimpleNamespace(**values),
+                "class": lambda: type("Config", (), {})(),
+                "mapping": lambda: values,
+            }.get(kind, lambda: Config(**values))()
+            if kind == "class":
+                vars(made).update(values)
+            model = get_peft_model(Net(made), LoraConfig(target_modules=["layer"]))
+            return fingerprint_base(model, find_adapted_layers(model))
+
+        assert digest() == digest()
+        assert digest() != digest(num_heads=8)
+        assert digest() != digest(hidden_act=torch.nn.functional.relu)
 
     def test_a_base_that_was_saved_and_loaded_is_the_same_base(self, tmp_path):
         base = tiny.llama()

@@ -704,3 +704,26 @@ def test_record_survives_in_the_model(tmp_path: Any) -> None:
     trainer.train()
     record = record_of_model(trainer.model)
     assert (record.initialised, record.init, record.rank, record.anchored) == (True, "lora_ga", 4, True)
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_the_start_comes_before_what_other_callbacks_do_when_training_begins(bare: bool, tmp_path: Any) -> None:
+    """A moving average that copies the weights in `on_train_begin` has to copy the start."""
+
+    class Average(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
+            self.first = {name: value.clone() for name, value in model.state_dict().items() if "lora_" in name}
+
+    average = Average()
+    model, rows = tiny.with_lora(tiny.llama()), tiny.causal_rows(16)
+    args = tiny.arguments(tmp_path, max_steps=1, learning_rate=0.0)
+    config = LoRAGAConfig(num_samples=8)
+    if bare:
+        trainer = Trainer(model, args, train_dataset=rows, callbacks=[average])
+        trainer.add_callback(LoRAGACallback(trainer, config))
+    else:
+        trainer = LoRAGATrainer(model, args, train_dataset=rows, callbacks=[average], lora_ga_config=config)
+    trainer.train()
+    assert any(value.any() for name, value in average.first.items() if "lora_B" in name)
+    for name, value in average.first.items():
+        assert torch.equal(value, model.state_dict()[name])  # at a rate of 0 the start is what is trained

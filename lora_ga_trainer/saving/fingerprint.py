@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -64,12 +65,23 @@ def fingerprint_base(model: PeftModel, layers: Sequence[AdaptedLayer]) -> str:
     digest = hashlib.sha256()
     config = getattr(model.get_base_model(), "config", None)
     if config is not None:
-        digest.update(json.dumps(sorted(set(_computed_with(config.to_dict())))).encode())
+        digest.update(json.dumps(sorted(set(_computed_with(_entries(config))))).encode())
     for layer in layers:
         digest.update(layer.name.encode())
         for part in layer.stored_weight():
             digest.update(_sample(part))
     return digest.hexdigest()[:32]
+
+
+def _entries(config: Any) -> Mapping[str, Any]:
+    """Return the entries of a model's config: one of transformers, a mapping, a dataclass, or any other object."""
+    if hasattr(config, "to_dict"):
+        return config.to_dict()
+    if isinstance(config, Mapping):
+        return config
+    if dataclasses.is_dataclass(config):  # which may have slots
+        return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return getattr(config, "__dict__", {})
 
 
 def _computed_with(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -78,7 +90,14 @@ def _computed_with(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if isinstance(value, Mapping):
             yield from _computed_with(value)
         elif key in _COMPUTED_WITH and value is not None:
-            yield key, json.dumps(float(value) if isinstance(value, (int, float)) else value, default=str)
+            yield key, json.dumps(float(value) if isinstance(value, (int, float)) else value, default=_lasting_name)
+
+
+def _lasting_name(value: Any) -> str:
+    """Name a value as any process would: not by `str`, which of a function holds its address."""
+    if isinstance(value, torch.dtype):
+        return str(value)
+    return getattr(value, "__qualname__", type(value).__qualname__)
 
 
 def fingerprint_heads(model: PeftModel) -> str:
