@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ class Estimator(Protocol):
         """Return all that `svds` needs, by name."""
 
     @staticmethod
-    def svds(some: Sequence[Estimator], k: int) -> list[TopSVD]:
+    def svds(some: Sequence[Any], k: int) -> list[TopSVD]:
         """Return the top `k` singular triplets of each of `some`, all of this kind, of one shape and on one device."""
 
     def svd(self, k: int) -> TopSVD:
@@ -131,6 +131,6 @@ def add_product(
         total.add_(left.T @ right, alpha=weight)
 
 
-def stack(tensors: Sequence[Tensor]) -> Tensor:  # (n, ...)
+def stack(tensors: list[Tensor]) -> Tensor:  # (n, ...)
     """Stack tensors of one shape; a single one is not copied."""
     return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)

@@ -7,14 +7,14 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..adapters.find import find_adapted_layers, require_peft_model
-from ..adapters.layer import AdaptedLayer
+from ..adapters.layer import AdaptedExperts, AdaptedLayer
 from ..config import LoRAGAConfig
 from ..engines.collectives import gather_integers, mean_over_processes, share_from_owners, sum_over_processes
 from ..engines.devices import preserved_rng
@@ -121,7 +121,8 @@ class _Probe:
         bare = [index for index, layer in enumerate(self.layers) if not layer.has_inputs]
         linear = [index for index, layer in enumerate(self.layers) if layer.has_inputs]
         layers = {self.layers[index].name: self.layers[index].base for index in linear}
-        places = [(self.layers[index].base, self.layers[index].parameter_name) for index in bare]
+        fused = [cast(AdaptedExperts, self.layers[index]) for index in bare]
+        places = [(layer.base, layer.parameter_name) for layer in fused]
         with (
             tapped(layers, lambda tap, x, dy: self._collect(linear[tap], x, dy)),
             tapped_parameters(places, lambda tap, dW: self._collect_dense(bare[tap], dW)),
@@ -130,7 +131,7 @@ class _Probe:
 
     def _pass(self, bar: tqdm) -> None:
         """Run every sample once; sketches turn at their turning points."""
-        sketches = [estimator for estimator in self.estimators.values() if estimator.sketched]
+        sketches = [estimator for estimator in self.estimators.values() if isinstance(estimator, SketchedGradient)]
         bounds = turning_points(self.config.num_samples) if sketches else [self.config.num_samples]
         part = 0
         for number, piece in enumerate(sample_pieces(self.trainer, bounds)):
@@ -151,7 +152,8 @@ class _Probe:
         """Fold the gradient of all experts of a layer into their accumulators; the caller frees it."""
         self._meet(index)
         if self.weight > 0:
-            for estimator, G in zip(self.by_index[index], self.layers[index].by_expert(dW), strict=True):
+            experts = cast(AdaptedExperts, self.layers[index])
+            for estimator, G in zip(self.by_index[index], experts.by_expert(dW), strict=True):
                 estimator.place(G.device)
                 estimator.add_gradient(G, self.weight / self.loss_scale)
 
@@ -202,7 +204,9 @@ class _Probe:
         if not met:
             return
         # A NaN or an infinity anywhere makes the sum of an accumulator non-finite: one small number a layer.
-        total = lambda index: sum(part.sum() for e in self.by_index[index] for part in e.sums())
+        total = lambda index: sum(
+            (part.sum() for e in self.by_index[index] for part in e.sums()), start=torch.zeros(())
+        )
         checks = torch.stack([total(index).cpu() for index in met])
         bad = [index for index, check in zip(met, checks.tolist(), strict=True) if not math.isfinite(check)]
         if bad:

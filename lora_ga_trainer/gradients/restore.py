@@ -25,7 +25,7 @@ def require_state_shapes(state: dict[str, tuple[int, ...]], shape: tuple[int, in
     """
     out_features, in_features = shape
     if set(state) == {"G"}:
-        expected = {"G": (out_features, in_features)}
+        expected: dict[str, tuple[int, ...]] = {"G": (out_features, in_features)}
     elif set(state) == {"T", "L", "S", "Y", "Z"}:
         (k,) = state["S"] if len(state["S"]) == 1 else (0,)
         if not 0 < k <= min(shape):

@@ -122,7 +122,8 @@ def _without_overshoot(
     Where the spectrum is flat and longer than a sketch is wide, `c a^+ b` divides small numbers by small ones. Half of
     `S` is what no rounding and hardly any draw of the columns brings about.
     """
-    fitted = sum((of_G * of_S).sum(dim=-1) for of_G, of_S in seen) / sum(of_S.square().sum(dim=-1) for _, of_S in seen)
+    products = sum(((of_G * of_S).sum(dim=-1) for of_G, of_S in seen), start=torch.zeros_like(S))
+    fitted = products / sum((of_S.square().sum(dim=-1) for _, of_S in seen), start=torch.zeros_like(S))
     return torch.where(fitted < S / 2, torch.maximum(fitted, _NOISE * S), S)
 
 
