@@ -252,3 +252,30 @@ def test_a_start_that_fails_gives_the_heads_back_and_a_second_try_trains_them_as
     fine.train()
     assert heads(trainer.model) <= moved(trainer.model, before)
     assert not moved(trainer.model, state_of(fine.model))
+
+
+def test_a_head_tied_to_the_embedding_steps_once_on_the_gradient_of_both_uses(tmp_path):
+    """Adam's first step is `lr g / (|g| + eps)` with `g` the sum of what reaches the parameter under its two names."""
+    model = tiny.with_lora(
+        tiny.llama(tie_word_embeddings=True),
+        target_modules=["q_proj"],
+        modules_to_save=["embed_tokens"],
+        ensure_weight_tying=True,
+    )
+    rows = tiny.causal_rows(4)
+    embedding, head = saved_modules(model)
+    assert embedding.weight is head.weight
+    batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+    (gradient,) = torch.autograd.grad(model(**batch).loss, [embedding.weight])
+    before = embedding.weight.detach().clone()
+    trainer = LoRAGATrainer(
+        model,
+        tiny.arguments(tmp_path, learning_rate=0.0, max_steps=1),
+        train_dataset=rows,
+        lora_ga_config=LoRAGAConfig(num_samples=4, head_warmup_steps=1, head_warmup_learning_rate=1e-2),
+    )
+    trainer.train()
+    assert embedding.weight is head.weight
+    expected = before - 1e-2 * gradient / (gradient.abs() + 1e-8)
+    seen = gradient.abs() > 1e-6
+    torch.testing.assert_close(head.weight.detach()[seen], expected[seen], rtol=1e-4, atol=1e-5)

@@ -81,8 +81,9 @@ class _Heads:
     def __init__(self, trainer: Trainer, model: nn.Module, heads: list[nn.Module], lr: float) -> None:
         self.trainer, self.model, self.heads = trainer, model, heads
         self.named = [{n: p for n, p in head.named_parameters() if p.requires_grad} for head in heads]
-        self.parameters = [parameter for named in self.named for parameter in named.values()]
-        self.copies = [_wide(read_parameter(parameter)).clone().requires_grad_() for parameter in self.parameters]
+        # Tied heads (an output layer that is the embedding) hold one parameter under two names: it has one copy.
+        self.parameters = list({id(p): p for named in self.named for p in named.values()}.values())
+        self.copies = [_copy_for_training(read_parameter(parameter)) for parameter in self.parameters]
         self.sums = [torch.zeros_like(copy) for copy in self.copies]
         self.items = 0.0
         self.optimizer = torch.optim.AdamW(self.copies, lr=lr, weight_decay=0.0)
@@ -90,10 +91,11 @@ class _Heads:
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Let the heads compute with the copies, in the dtypes of their own parameters."""
-        copies = iter(self.copies)
+        copy_of = dict(zip(map(id, self.parameters), self.copies, strict=True))
         with ExitStack() as stack:
             for head, named in zip(self.heads, self.named, strict=True):
-                stack.enter_context(_computing_with(head, named, {name: next(copies) for name in named}))
+                copies = {name: copy_of[id(parameter)] for name, parameter in named.items()}
+                stack.enter_context(_computing_with(head, named, copies))
             yield
 
     def train(self, steps: int, per_step: int) -> None:
@@ -136,8 +138,9 @@ class _Heads:
         self.sums = [torch.zeros_like(copy) for copy in self.copies]
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+def _copy_for_training(value: Tensor) -> Tensor:
+    """Copy a parameter, in fp32 at least."""
+    return value.to(torch.promote_types(value.dtype, torch.float32)).clone().requires_grad_()
 
 
 @contextmanager
