@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .maths.inits import INITS
 from .optimizers.adamw import STATE_DTYPES
@@ -27,7 +27,10 @@ _REGISTERED = {
 }
 
 
-def _document_fields(config: type) -> type:
+_Class = TypeVar("_Class", bound=type)
+
+
+def _document_fields(config: _Class) -> _Class:
     """Copy what the class docstring says of each field into its metadata, where argument parsers look for it."""
     if config.__doc__ is None:  # python -OO
         return config
@@ -35,7 +38,7 @@ def _document_fields(config: type) -> type:
     for entry in re.split(r"\n {8}(?=\w)", listed.partition("\n\n")[0].lstrip()):
         name, _, text = entry.partition(": ")
         registered = _REGISTERED[name]() if name in _REGISTERED else ""
-        config.__dataclass_fields__[name].metadata = {"help": " ".join(text.split()) + registered}
+        vars(config)["__dataclass_fields__"][name].metadata = {"help": " ".join(text.split()) + registered}
     return config
 
 

@@ -60,5 +60,5 @@ def patch_trainer(trainer: Trainer, callback: TrainerCallback) -> None:
         # Decay would untie the halves of `A` and shrink `B0`.
         return without_anchored(choose(model), model)
 
-    trainer.train = checked_train  # type: ignore[method-assign] # on this instance only
-    trainer.get_decay_parameter_names = undecayed  # type: ignore[method-assign] # the same
+    trainer.train = checked_train
+    trainer.get_decay_parameter_names = undecayed

@@ -25,8 +25,13 @@ from .starts.report import GradientReport
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
+    # The class beside the mixin, whose methods it calls.
+    from transformers import Trainer as _AnyTrainer
+else:
+    _AnyTrainer = object
 
-class LoRAGAMixin:
+
+class LoRAGAMixin(_AnyTrainer):
     """
     Make any Trainer subclass start its adapter from gradients.
 

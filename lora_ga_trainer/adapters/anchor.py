@@ -17,7 +17,7 @@ Fused experts store one such pair an expert, in the layout of `lora_ga_trainer.a
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -117,7 +117,7 @@ def _anchor(
 ) -> None:
     """Put anchored modules around factors in delta form, keeping the bias of `lora_B`."""
     kind_A, kind_B = layer.anchored_modules
-    lora_A = _build(kind_A, A, None)
+    lora_A: Any = _build(kind_A, A, None)
     lora_A.experts = layer.experts
     layer.module.lora_B[layer.adapter] = _build(kind_B, B, layer.lora_B.bias)
     layer.module.lora_A[layer.adapter] = lora_A

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -37,7 +37,7 @@ class AdaptedLayer:
     @property
     def weight(self) -> Tensor:
         """The frozen weight as it is stored."""
-        return self.base.weight
+        return cast(Tensor, self.base.weight)
 
     @property
     def experts(self) -> int:
@@ -85,12 +85,12 @@ class AdaptedLayer:
     @property
     def stored_A(self) -> nn.Parameter:
         """The parameter of `lora_A`: `(experts * stored_rank, in)`."""
-        return self.lora_A._parameters["weight"]
+        return cast(nn.Parameter, self.lora_A._parameters["weight"])
 
     @property
     def stored_B(self) -> nn.Parameter:
         """The parameter of `lora_B`: `(out, stored_rank * experts)`."""
-        return self.lora_B._parameters["weight"]
+        return cast(nn.Parameter, self.lora_B._parameters["weight"])
 
     def require_whole(self, copies: int) -> None:
         """

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -108,10 +108,10 @@ class AnchoredExpertsA(AnchoredA):
 
     @property
     def stored(self) -> nn.Parameter:
-        return self._parameters["weight"]
+        return cast(nn.Parameter, self._parameters["weight"])
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self) -> Tensor:  # type: ignore[override]  # an attribute in torch; here it depends on who reads it
         return self.tied() if self.makes_product and torch.is_grad_enabled() else self.stored
 
 
@@ -122,10 +122,10 @@ class AnchoredExpertsB(AnchoredB):
 
     @property
     def stored(self) -> nn.Parameter:
-        return self._parameters["weight"]
+        return cast(nn.Parameter, self._parameters["weight"])
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self) -> Tensor:  # type: ignore[override]  # an attribute in torch; here it depends on who reads it
         return self.frozen() if self.makes_product and torch.is_grad_enabled() else self.stored
 
 

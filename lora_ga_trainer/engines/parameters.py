@@ -100,14 +100,14 @@ def _write_deepspeed(engine: Any, values: Sequence[tuple[nn.Parameter, Tensor]])
             safe_set_full_fp32_param(parameter, value)
 
 
-def partitions(value: Tensor, parameter: nn.Parameter) -> Tensor:  # (processes, numbers of a part)
+def partitions(value: Tensor, parameter: Any) -> Tensor:  # (processes, numbers of a part)
     """Cut a full value as ZeRO-3 does, padded; DeepSpeed's own setters fail where it does not divide."""
     parts = torch.distributed.get_world_size(parameter.ds_process_group)
     padding = parts * parameter.ds_tensor.numel() - value.numel()
     return torch.nn.functional.pad(value.flatten(), (0, padding)).view(parts, -1)
 
 
-def _partition_rank(parameter: nn.Parameter) -> int:
+def _partition_rank(parameter: Any) -> int:
     return torch.distributed.get_rank(parameter.ds_process_group)
 
 

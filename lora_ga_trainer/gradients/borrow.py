@@ -104,7 +104,7 @@ def _copy_containers(value: Any) -> Any:
     """Copy dicts, lists, deques and sets inside each other, and nothing else; a `defaultdict` keeps its factory."""
     if not isinstance(value, (dict, list, deque, set)):
         return value
-    new = copy.copy(value)
+    new: Any = copy.copy(value)
     if isinstance(value, dict):
         new.update((key, _copy_containers(item)) for key, item in value.items())
     elif not isinstance(value, set):

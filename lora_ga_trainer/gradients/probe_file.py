@@ -137,7 +137,7 @@ def _read_accumulators(path: Path, layers: Sequence[AdaptedLayer]) -> dict[str, 
         }
 
 
-def _parse_figures(metadata: dict[str, str]) -> dict[str, float]:
+def _parse_figures(metadata: dict[str, str]) -> dict[str, Any]:
     figures = parse_json(metadata["figures"])
     if not isinstance(figures, dict) or set(figures) != set(_FIGURES):
         raise KeyError(f"figures must be {', '.join(_FIGURES)}")

@@ -101,8 +101,8 @@ def sample_pieces(trainer: Trainer, bounds: Sequence[int]) -> Iterator[Piece]:
     while taken < bounds[-1]:
         batch = next(batches, None)
         last = last if batch is None else _prepare(trainer, batch)
-        size = 0 if batch is None else last.size
-        everyone = gather_integers(trainer, size, int(batch is None or last.cuttable))
+        size = 0 if batch is None or last is None else last.size
+        everyone = gather_integers(trainer, size, int(batch is None or last is None or last.cuttable))
         sizes, cuttable = [row[0] for row in everyone], all(row[1] for row in everyone)
         real = _real_samples(loader, sum(sizes))
         if real == 0 or last is None:

@@ -144,7 +144,8 @@ class SketchedGradient(Accumulator):
     @staticmethod
     def svds(some: Sequence[SketchedGradient], k: int) -> list[TopSVD]:
         states = zip(*(sketch.state().values() for sketch in some), strict=True)
-        return recover(*(stack([wide(tensor) for tensor in part]) for part in states), k)
+        T, L, S, Y, Z = (stack([wide(tensor) for tensor in part]) for part in states)
+        return recover(T, L, S, Y, Z, k)
 
 
 def turning_points(samples: int) -> list[int]:

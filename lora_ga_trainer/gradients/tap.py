@@ -132,7 +132,7 @@ def _make_pre_hook(index: int, name: str, sink: ParameterSink) -> Callable[[nn.M
         root = torch.zeros((), device=W.device, requires_grad=True)
         return _ParameterTap.apply(W, root, lambda dW: sink(index, dW))
 
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+    def hook(module: Any, args: tuple[Any, ...]) -> None:
         # Made for this forward and thrown away after it: the hook on it needs no removal. The last one gives the value
         # that the forward sees, adapter included.
         module.parametrizations[name][-1].register_forward_hook(tap)

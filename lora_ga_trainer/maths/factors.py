@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -73,6 +74,8 @@ def split_directions(
     """
     if r < 1:
         raise ValueError(f"r={r!r} must be at least 1.")
+    of_a: Sequence[int]
+    of_b: Sequence[int]
     if direction == "ArB2r":
         of_a, of_b = range(r), range(r, 2 * r)
     elif direction == "A2rBr":
@@ -87,7 +90,7 @@ def split_directions(
     return _fill(of_a, m, r), _fill(of_b, m, r)
 
 
-def _fill(wanted: range | list[int], m: int, r: int) -> list[int]:
+def _fill(wanted: Sequence[int], m: int, r: int) -> list[int]:
     """Keep the pairs that exist (fewer than `m`) and add the strongest missing ones up to `min(r, m)`."""
     kept = [i for i in wanted if i < m]
     missing = [i for i in range(m) if i not in set(kept)]

@@ -128,7 +128,8 @@ def _without_overshoot(
     come out far too large. A value counts as contradicted where the fit is below half of it. Rounding does not reach
     that far, and chance in the columns hardly ever does.
     """
-    fitted = sum((of_G * of_S).sum(dim=-1) for of_G, of_S in seen) / sum(of_S.square().sum(dim=-1) for _, of_S in seen)
+    products = sum(((of_G * of_S).sum(dim=-1) for of_G, of_S in seen), start=torch.zeros_like(S))
+    fitted = products / sum((of_S.square().sum(dim=-1) for _, of_S in seen), start=torch.zeros_like(S))
     return torch.where(fitted < S / 2, torch.maximum(fitted, _NOISE * S), S)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +67,9 @@ class EngineStep:
     def _correct(self, gradients: dict[nn.Parameter, Tensor | None]) -> dict[nn.Parameter, Tensor]:
         has_gradient = lambda linear: gradients[linear.weight] is not None
         ready = [pair for pair in self.pairs if has_gradient(pair.lora_A) and has_gradient(pair.lora_B)]
-        batches = batch_pairs(ready, read=lambda parameter: (read_parameter(parameter), gradients[parameter]))
+        batches = batch_pairs(
+            ready, read=lambda parameter: (read_parameter(parameter), cast(Tensor, gradients[parameter]))
+        )
         found: dict[nn.Parameter, Tensor] = {}
         for batch, dAs, dBs in each_corrected(batches, self.correct):
             found.update(zip(batch.weights_A, dAs, strict=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ Read = Callable[[nn.Parameter], tuple[Tensor, Tensor]]  # value and gradient of 
 
 def read_factor(parameter: nn.Parameter) -> tuple[Tensor, Tensor]:
     """Return a factor and its gradient where both are kept in the parameter; gathered if they are sharded."""
-    return whole(parameter.detach()), whole(parameter.grad)
+    return whole(parameter.detach()), whole(cast(Tensor, parameter.grad))
 
 
 def batch_pairs(pairs: Iterable[AdaptedLayer], most: int | None = None, read: Read = read_factor) -> list[PairBatch]:
@@ -53,10 +53,11 @@ def batch_pairs(pairs: Iterable[AdaptedLayer], most: int | None = None, read: Re
     """
     shapes: dict[tuple[Any, ...], list[tuple[Any, ...]]] = {}
     for pair in pairs:
-        lora_A, weight_B = pair.lora_A, pair.lora_B.weight
-        (A, gA), (B, gB) = read(lora_A.weight), read(weight_B)
+        lora_A = pair.lora_A
+        weight_A, weight_B = cast(nn.Parameter, lora_A.weight), cast(nn.Parameter, pair.lora_B.weight)
+        (A, gA), (B, gB) = read(weight_A), read(weight_B)
         key = (type(lora_A), A.shape, B.shape, A.dtype, B.dtype, A.device, B.device)
-        shapes.setdefault(key, []).append((pair, lora_A.weight, weight_B, A, B, gA, gB))
+        shapes.setdefault(key, []).append((pair, weight_A, weight_B, A, B, gA, gB))
     batches = []
     for group in shapes.values():
         out_features, in_features = group[0][0].shape

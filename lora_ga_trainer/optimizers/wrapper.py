@@ -68,7 +68,7 @@ class LoRAProOptimizer(Optimizer):
         self.pairs = trained_pairs(model, inner.param_groups, "LoRAProOptimizer")
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         return self.inner.param_groups
 
     @param_groups.setter
@@ -76,7 +76,7 @@ class LoRAProOptimizer(Optimizer):
         self.inner.param_groups = value
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:
         return self.inner.state
 
     @state.setter
@@ -84,7 +84,7 @@ class LoRAProOptimizer(Optimizer):
         self.inner.state = value
 
     @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+    def defaults(self) -> dict[str, Any]:
         return self.inner.defaults
 
     @defaults.setter
@@ -114,13 +114,15 @@ class LoRAProOptimizer(Optimizer):
 
     def train(self) -> None:
         """Pass on to an `inner` that has modes (schedule-free)."""
-        if callable(getattr(self.inner, "train", None)):
-            self.inner.train()
+        train = getattr(self.inner, "train", None)
+        if callable(train):
+            train()
 
     def eval(self) -> None:
         """Pass on to an `inner` that has modes (schedule-free)."""
-        if callable(getattr(self.inner, "eval", None)):
-            self.inner.eval()
+        evaluate = getattr(self.inner, "eval", None)
+        if callable(evaluate):
+            evaluate()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Correct the gradients and let `inner` step. A `closure` is called once, before the correction."""
@@ -141,8 +143,8 @@ class LoRAProOptimizer(Optimizer):
                 parameter.grad = gradient
             yield
         finally:
-            for parameter, gradient in raw:
-                parameter.grad = gradient
+            for parameter, before in raw:
+                parameter.grad = before
 
     def _corrections(self) -> list[tuple[nn.Parameter, Tensor]]:
         with torch.no_grad(), torch.autocast(self.pairs[0].lora_A.weight.device.type, enabled=False):

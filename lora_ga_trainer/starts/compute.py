@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from accelerate.utils import gather_object
@@ -149,7 +149,7 @@ class _Starter:
                 top=top,
                 r=layer.rank,
                 s=layer.s,
-                gamma=self.config.gamma,
+                gamma=cast(float, self.config.gamma),  # `LoRAGAConfig` has filled a default in
                 direction=self.config.direction,
                 scale=self.config.scale,
                 generator=self._generator(name),

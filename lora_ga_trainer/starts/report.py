@@ -139,7 +139,7 @@ class GradientReport:
         """Return the figures that trackers get, under `lora_ga/...`."""
         started = [layer for layer in self.layers if not layer.action.is_plain]
         shares_2r = [layer.energy_share_2r for layer in started if layer.energy_share_2r is not None]
-        figures = {
+        figures: dict[str, Any] = {
             "samples": self.samples,
             "tokens": self.tokens,
             "seconds": self.seconds,
@@ -201,9 +201,9 @@ class GradientReport:
 
     def picture(self) -> np.ndarray:  # (height, width, 3)
         """Return what `plot` draws as bytes of red, green and blue; raises as it does."""
-        figure = self._figure()
-        figure.canvas.draw()
-        return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
+        canvas: Any = self._figure().canvas
+        canvas.draw()
+        return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
     def _figure(self) -> Figure:
         try:
