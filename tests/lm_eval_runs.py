@@ -42,7 +42,7 @@ def load(base: str, adapter: str | None = None, **settings: Any) -> HFLM:
 
 
 def evaluate(task: str, model: LM, files: dict[str, str], **settings: Any) -> dict[str, Any]:
-    """What `lm_eval run --tasks ... --include_path recipes/tasks --metadata ...` computes, lm-eval's own tasks left out."""
+    """Compute what `lm_eval run --tasks ... --include_path recipes/tasks --metadata ...` does."""
     manager = TaskManager(include_path=str(TASKS), include_defaults=False, metadata=files)
     found = simple_evaluate(
         model, tasks=[task], task_manager=manager, bootstrap_iters=0, verbosity="ERROR", **settings

@@ -1,12 +1,10 @@
-"""GSM8K: the number an answer comes to, what a model writes, and runs that are taken up again where they stopped."""
+"""Answers for a judge: what a model writes, turn by turn, and runs that are taken up again where they stopped."""
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import sys
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -18,96 +16,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))  # as `python recipes/evaluate_gsm8k.py` does
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))  # as the program itself does
 
-import evaluate_gsm8k
+import evaluate_answers
 from answering.answers import answer_missing, read_records, share
 from answering.generation import GenerationArguments, Writer, parse_evaluation
-from answering.numbers_in_text import final_number, marked_number
-
-
-# --- numbers -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "marked"),
-    [
-        ("He has 2 + 2 = 4.\n#### 42", "42"),
-        ("####42", "42"),
-        ("#### 1,234", "1234"),
-        ("#### 12,345,678.50 dollars", "12345678.50"),
-        ("#### -7", "-7"),
-        ("#### \u22127", "-7"),
-        ("#### +7", "7"),
-        ("#### $10,080", "10080"),
-        ("#### -$5", "-5"),
-        ("#### 0.5", "0.5"),
-        ("#### .5", "0.5"),
-        ("#### 42.", "42"),
-        ("#### 42.\nQ: And 3?\nA: 3\n#### 3", "42"),  # it did not stop: the first answer is its answer
-        ("The answer is: 18", "18"),
-        ("the answer is 18.", "18"),
-        ("The final answer is **1,800**.", "1800"),
-        ("The answer is: \\boxed{12}", "12"),
-        ("The answer is: $\\$12$", "12"),
-        ("3 pens.\n#### 18\nThe answer is: 18", "18"),
-        ("The answer is 5? No.\n#### 6", "6"),  # the data's own mark comes first
-        ("The answer is not clear, so I say 4. The answer is 9.", "9"),
-        ("#### none\nThe answer is 3", "3"),
-        ("#### 1,23", "1"),  # a comma that parts no thousands
-        ("#### 1,2345", "1"),
-        ("He has 4.", None),
-        ("#### four", None),
-        ("", None),
-    ],
-)
-def test_the_marked_number(text, marked):
-    assert marked_number(text) == (None if marked is None else Decimal(marked))
-    if marked is not None:
-        assert final_number(text) == Decimal(marked)
-
-
-@pytest.mark.parametrize(
-    ("text", "final"),
-    [
-        ("so 2 + 3 = 5.", "5"),
-        ("it is 10-5", "5"),  # a subtraction, not a sign
-        ("it is -5 degrees", "-5"),
-        ("from 1, 2, 3", "3"),
-        ("1,000,000 in all", "1000000"),
-        ("costs US$12.50", "12.50"),
-        ("50% of them", "50"),
-        ("- 5 apples", "5"),  # a list's dash
-        ("x2 and y3", None),  # names, not numbers
-        ("nothing", None),
-    ],
-)
-def test_without_a_mark_the_last_number_counts(text, final):
-    assert marked_number(text) is None
-    assert final_number(text) == (None if final is None else Decimal(final))
-
-
-def test_numbers_are_compared_by_value():
-    assert evaluate_gsm8k.judge("42", "#### 42.0")["correct"]
-    assert evaluate_gsm8k.judge("1000", "It is 1,000.") == {
-        "answer": "It is 1,000.",
-        "number": "1000",
-        "correct": True,
-        "marked": False,
-    }
-    assert not evaluate_gsm8k.judge("42", "#### 43")["correct"]
-    assert not evaluate_gsm8k.judge("42", "no idea")["correct"]
-    with pytest.raises(ValueError, match=r"row 7: no '#### number' in its answer 'It is 4\.'"):
-        evaluate_gsm8k.expected_number("It is 4.", 7)
-
-
-@pytest.mark.parametrize(("hits", "count"), [(0, 5), (2, 5), (5, 5)])
-def test_the_standard_error_is_that_of_a_binomial_share(hits, count):
-    p = hits / count
-    result = share([True] * hits + [False] * (count - hits))
-    # the variance of one draw, 0 or 1, is p (1 - p)
-    variance = sum((x - p) ** 2 for x in [1] * hits + [0] * (count - hits)) / count
-    assert result == {"value": p, "standard_error": pytest.approx(math.sqrt(variance / count)), "n": count}
 
 
 # --- writing -------------------------------------------------------------------------------------------------------
@@ -197,8 +110,8 @@ def test_the_likeliest_answer_is_taken_whatever_the_checkpoint_says(causal, tmp_
         writer = Writer(GenerationArguments(adapter=adapter, base=base, max_new_tokens=8))
         written.add(tuple(tokens(writer, ["A: "])[0]))
     assert len(written) == 1
-    writer.sample(temperature=5.0, top_p=1.0, seed=0)
-    assert len({tuple(tokens(writer, ["A: "])[0]) for _ in range(4)}) > 1
+    writer.model.generation_config.update(do_sample=True, temperature=5.0, top_k=0)
+    assert len({tuple(tokens(writer, ["A: "])[0]) for _ in range(4)}) > 1  # it would have been another each time
 
 
 def test_a_model_stops_at_its_end_token(causal):
@@ -207,106 +120,6 @@ def test_a_model_stops_at_its_end_token(causal):
     assert writer.model.generation_config.eos_token_id == [2]
     writer.model.generation_config.eos_token_id = [whole[3]]
     assert tokens(writer, ["A: "])[0] == whole[: whole.index(whole[3]) + 1]
-
-
-# --- whole runs ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def command(causal, tmp_path) -> list[str]:
-    file = paper_data.write_rows(tmp_path / "test.jsonl", paper_data.GSM8K)
-    output = str(tmp_path / "answers.jsonl")
-    return [
-        "--adapter",
-        causal[0],
-        "--eval_file",
-        file,
-        "--output",
-        output,
-        "--max_new_tokens",
-        "4",
-        "--batch_size",
-        "2",
-    ]
-
-
-def say(monkeypatch: pytest.MonkeyPatch, texts: list[str]) -> list[list[str]]:
-    """Let the model say these texts, in order, and fail when they are used up; return the prompts it is asked."""
-    asked: list[list[str]] = []
-    left = list(texts)
-
-    def write(self: Writer, prompts: list[str]) -> list[str]:
-        if len(left) < len(prompts):
-            raise RuntimeError("the machine went down")
-        asked.append(prompts)
-        return [left.pop(0) for _ in prompts]
-
-    monkeypatch.setattr(Writer, "write", write)
-    return asked
-
-
-def test_figures_prompts_and_answers(command, monkeypatch, capsys, tmp_path):
-    asked = say(monkeypatch, ["3 - 1 = 2.\n#### 2", "I think 3", "#### 5"])  # right, right without a mark, wrong
-    results = evaluate_gsm8k.main(command)
-    assert asked[0] == [f"Q: {row['question']}\nA: " for row in paper_data.GSM8K[:2]]
-    assert results["accuracy"] == {"value": 2 / 3, "standard_error": pytest.approx(math.sqrt(2 / 27)), "n": 3}
-    assert results["accuracy_of_marked"]["value"] == 1 / 3
-    records = read_records(tmp_path / "answers.jsonl")
-    assert [record["expected"] for record in records] == ["2", "3", "4"]
-    assert records[1] | {"prompt": "", "model": ""} == {
-        "id": 1,
-        "model": "",
-        "prompt": "",
-        "expected": "3",
-        "answer": "I think 3",
-        "number": "3",
-        "correct": True,
-        "marked": False,
-    }
-    assert json.loads((tmp_path / "answers.results.json").read_text()) == results
-    assert "GSM8K: accuracy=0.6667 (standard error 0.2722, n=3)" in capsys.readouterr().out
-
-
-def test_a_run_that_was_stopped_goes_on_where_it_was(command, monkeypatch, tmp_path):
-    say(monkeypatch, ["#### 2", "#### 3"])
-    with pytest.raises(RuntimeError, match="went down"):
-        evaluate_gsm8k.main(command)
-    path = tmp_path / "answers.jsonl"
-    whole = path.read_text()
-    path.write_text(whole + '{"id": 2, "answ', encoding="utf-8")  # killed while it wrote
-    asked = say(monkeypatch, ["#### 4"])
-    results = evaluate_gsm8k.main(command)
-    assert [len(prompts) for prompts in asked] == [1]
-    assert "had 5 pens" in asked[0][0]
-    assert path.read_text().startswith(whole)
-    assert results["accuracy"]["value"] == 1
-    asked = say(monkeypatch, [])
-    assert evaluate_gsm8k.main(command) == results
-    assert asked == []
-
-
-def test_answers_to_other_prompts_or_of_another_model_are_not_taken(command, monkeypatch, causal):
-    say(monkeypatch, ["#### 2", "#### 3", "#### 4"])
-    evaluate_gsm8k.main(command)
-    with pytest.raises(ValueError, match=r"the answer to id=0 was given to another prompt .*Choose another --output"):
-        evaluate_gsm8k.main([*command, "--prompt_template", "{prompt}"])
-    with pytest.raises(ValueError, match="was given to another model"):
-        evaluate_gsm8k.main(
-            [word if word != "--adapter" else "--base" for word in command[:1]] + [causal[2], *command[2:]]
-        )
-
-
-def test_answers_of_other_weights_in_the_same_folder_are_not_taken(command, monkeypatch, causal, tmp_path):
-    adapter = shutil.copytree(causal[0], tmp_path / "again")
-    words = [str(adapter) if word == causal[0] else word for word in command]
-    say(monkeypatch, ["#### 2", "#### 3", "#### 4"])
-    evaluate_gsm8k.main(words)
-    with pytest.raises(ValueError, match="was given to another model"):
-        evaluate_gsm8k.main([*words, "--max_new_tokens", "7"])
-    weights = load_file(adapter / "adapter_model.safetensors")
-    save_file({name: weight + 1 for name, weight in weights.items()}, adapter / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match="was given to another model"):
-        evaluate_gsm8k.main(words)
 
 
 def test_what_is_written_keeps_the_spaces_that_a_decoder_strips_from_the_start_of_a_text(causal, monkeypatch):
@@ -320,6 +133,18 @@ def test_what_is_written_keeps_the_spaces_that_a_decoder_strips_from_the_start_o
     monkeypatch.setattr(writer.tokenizer, "decode", text)
     monkeypatch.setattr("answering.generation.encode_prompt", lambda prompt, tokenizer: ([1], list(prompt.encode())))
     assert writer.write(["def f():\n"]) == ["    return 1"]
+
+
+@pytest.mark.parametrize(("hits", "count"), [(0, 5), (2, 5), (5, 5)])
+def test_the_standard_error_is_that_of_a_binomial_share(hits, count):
+    p = hits / count
+    result = share([True] * hits + [False] * (count - hits))
+    # the variance of one draw, 0 or 1, is p (1 - p)
+    variance = sum((x - p) ** 2 for x in [1] * hits + [0] * (count - hits)) / count
+    assert result == {"value": p, "standard_error": pytest.approx(math.sqrt(variance / count)), "n": count}
+
+
+# --- files of answers ----------------------------------------------------------------------------------------------
 
 
 def test_a_broken_line_in_the_middle_is_named(tmp_path):
@@ -337,25 +162,105 @@ def test_answers_come_in_the_order_of_the_questions(tmp_path):
     assert [record["id"] for record in records] == [0, 1, 2]
 
 
+# --- whole runs ----------------------------------------------------------------------------------------------------
+
+QUESTIONS = [*paper_data.MT_BENCH, {"question_id": 83, "turns": ["Hi"]}]
+
+
+@pytest.fixture
+def command(causal, tmp_path) -> list[str]:
+    file = paper_data.write_rows(tmp_path / "question.jsonl", QUESTIONS)
+    words = ["--adapter", causal[0], "--eval_file", file, "--output", str(tmp_path / "answers.jsonl")]
+    return [*words, "--max_new_tokens", "4", "--batch_size", "2", "--prompt_template", "[{prompt}]"]
+
+
+def script(monkeypatch: pytest.MonkeyPatch, texts: list[str]) -> list[str]:
+    """Let the model say these texts, in order, and fail when they are used up; return the prompts it is asked."""
+    asked: list[str] = []
+    left = list(texts)
+
+    def write(self: Writer, prompts: list[str]) -> list[str]:
+        if len(left) < len(prompts):
+            raise RuntimeError("the machine went down")
+        asked.extend(prompts)
+        return [left.pop(0) for _ in prompts]
+
+    monkeypatch.setattr(Writer, "write", write)
+    return asked
+
+
+def test_each_turn_goes_on_from_the_turns_before_it(command, monkeypatch, tmp_path):
+    asked = script(monkeypatch, [" A1 ", "B1", "A2", "B2", "C1"])
+    records = evaluate_answers.main(command)
+    assert asked == [
+        *("[Write a line.]", "[1 + 1?]"),
+        *("[Write a line.]A1\n\n[Write it again.]", "[1 + 1?]B1\n\n[And 2 + 2?]"),
+        "[Hi]",
+    ]
+    assert [record["choices"] for record in records] == [
+        [{"index": 0, "turns": ["A1", "A2"]}],
+        [{"index": 0, "turns": ["B1", "B2"]}],
+        [{"index": 0, "turns": ["C1"]}],
+    ]
+    assert [record["question_id"] for record in records] == [81, 82, 83]
+    assert set(records[0]) == {"question_id", "answer_id", "model_id", "choices", "tstamp"}
+    assert read_records(tmp_path / "answers.jsonl") == records
+    assert evaluate_answers.main(command) == records
+    assert len(asked) == 5  # nothing was asked again
+
+
+def test_judging_is_left_to_others():
+    assert "Nothing is judged here" in evaluate_answers.__doc__
+
+
+def test_a_run_that_was_stopped_goes_on_where_it_was(command, monkeypatch, tmp_path):
+    script(monkeypatch, ["A1", "B1", "A2", "B2"])
+    with pytest.raises(RuntimeError, match="went down"):
+        evaluate_answers.main(command)
+    path = tmp_path / "answers.jsonl"
+    whole = path.read_text()
+    path.write_text(whole + '{"question_id": 83, "answ', encoding="utf-8")  # killed while it wrote
+    asked = script(monkeypatch, ["C1"])
+    records = evaluate_answers.main(command)
+    assert asked == ["[Hi]"]
+    assert path.read_text().startswith(whole)
+    assert records[2]["choices"][0]["turns"] == ["C1"]
+
+
+def test_answers_of_another_model_or_other_weights_in_the_same_folder_are_not_taken(
+    command, monkeypatch, causal, tmp_path
+):
+    adapter = shutil.copytree(causal[0], tmp_path / "again")
+    words = [str(adapter) if word == causal[0] else word for word in command]
+    script(monkeypatch, ["A1", "B1", "A2", "B2", "C1"])
+    evaluate_answers.main(words)
+    with pytest.raises(ValueError, match=r"was given to another model_id .*Choose another --output"):
+        evaluate_answers.main(["--base", causal[2], *words[2:]])
+    with pytest.raises(ValueError, match="was given to another model_id"):
+        evaluate_answers.main([*words, "--max_new_tokens", "7"])
+    weights = load_file(adapter / "adapter_model.safetensors")
+    save_file({name: weight + 1 for name, weight in weights.items()}, adapter / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="was given to another model_id"):
+        evaluate_answers.main(words)
+
+
 def test_a_limit_takes_the_first_rows(command, monkeypatch):
-    say(monkeypatch, ["#### 2"])
-    assert evaluate_gsm8k.main([*command, "--limit", "1"])["accuracy"]["n"] == 1
+    script(monkeypatch, ["A1", "A2"])
+    assert [record["question_id"] for record in evaluate_answers.main([*command, "--limit", "1"])] == [81]
 
 
 def test_the_training_runs_yaml_gives_the_prompt_and_nothing_else(command, tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text('model_name_or_path: other\ntrain_file: x.jsonl\nprompt_template: "{prompt}!"\neval_file: no\n')
-    types = (evaluate_gsm8k.GSM8KArguments, GenerationArguments)
-    gsm8k, generation = parse_evaluation(types, [*command, "--config", str(config)])
-    assert (gsm8k.prompt_template, generation.base) == ("{prompt}!", None)
-    assert gsm8k.eval_file.endswith("test.jsonl")
-    assert (
-        parse_evaluation(types, [*command, "--config", str(config), "--prompt_template", "x"])[0].prompt_template
-        == "x"
-    )
+    types = (evaluate_answers.AnswersArguments, GenerationArguments)
+    words = [*command[:-2], "--config", str(config)]
+    answers, generation = parse_evaluation(types, words)
+    assert (answers.prompt_template, generation.base) == ("{prompt}!", None)
+    assert answers.eval_file.endswith("question.jsonl")
+    assert parse_evaluation(types, [*words, "--prompt_template", "x"])[0].prompt_template == "x"
     config.write_text("promt_template: x\n")
     with pytest.raises(ValueError, match=r"'promt_template' is not an argument\. Did you mean 'prompt_template'"):
-        parse_evaluation(types, [*command, "--config", str(config)])
+        parse_evaluation(types, words)
 
 
 @pytest.mark.parametrize(
@@ -369,15 +274,10 @@ def test_the_training_runs_yaml_gives_the_prompt_and_nothing_else(command, tmp_p
 )
 def test_impossible_arguments_are_named(words, error, message):
     with pytest.raises(error, match=message):
-        evaluate_gsm8k.main(words)
+        evaluate_answers.main(words)
 
 
 def test_rows_in_another_format_are_named(command, tmp_path):
-    paper_data.write_rows(tmp_path / "test.jsonl", [{"question": "?"}])
-    with pytest.raises(
-        ValueError, match=r"no column 'answer'; it has question\. Rows with question, answer are needed"
-    ):
-        evaluate_gsm8k.main(command)
-    paper_data.write_rows(tmp_path / "test.jsonl", [{"question": "?", "answer": "four"}])
-    with pytest.raises(ValueError, match="row 0: no '#### number'"):
-        evaluate_gsm8k.main(command)
+    paper_data.write_rows(tmp_path / "question.jsonl", [{"question_id": 1}])
+    with pytest.raises(ValueError, match=r"no column 'turns'; it has question_id\. Rows with question_id, turns are"):
+        evaluate_answers.main(command)

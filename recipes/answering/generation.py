@@ -9,11 +9,10 @@ from typing import Any, Literal
 import torch
 from finetuning.arguments import ModelArguments, parse_into
 from finetuning.encoding import Row, encode_prompt, fill_template
+from finetuning.json_reading import read_json
 from finetuning.models import TASK_TYPES, load_model, load_tokenizer
 from peft import PeftModel
 from transformers import GenerationConfig, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
-
-from lora_ga_trainer.json_file import read_json
 
 
 # Stanford Alpaca's prompt for an instruction without input, which the papers' code trains on.
@@ -138,11 +137,6 @@ class Writer:
             model = PeftModel.from_pretrained(model, args.adapter)
         self.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model = model.to(self.device).eval()
-
-    def sample(self, temperature: float, top_p: float, seed: int) -> None:
-        """Draw every further token at random, instead of taking the likeliest."""
-        torch.manual_seed(seed)
-        self.model.generation_config.update(do_sample=True, temperature=temperature, top_p=top_p, top_k=0)
 
     @torch.inference_mode()
     def write(self, prompts: list[str], max_length: int | None = None) -> list[str]:

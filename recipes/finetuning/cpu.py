@@ -1,4 +1,4 @@
-"""What a CPU wants to be told."""
+"""CPU defaults: threads and pinned memory."""
 
 import os
 
