@@ -16,9 +16,18 @@ from .engines import read_parameter
 
 @dataclass(frozen=True)
 class AdaptedLayer:
-    """One linear layer of the base model with the LoRA factors that PEFT put around it."""
+    """
+    One linear layer of the base model with the LoRA factors that PEFT put around it.
 
-    name: str  # inside the base model, as `base_model.named_modules()` spells it
+    [`find_adapted_layers`] lists those of a model. The weight that is adapted is `W + s B A`.
+
+    Args:
+        name: inside the base model, as `base_model.named_modules()` spells it.
+        module: PEFT's layer.
+        adapter: name of the adapter.
+    """
+
+    name: str
     module: LoraLayer
     adapter: str
 

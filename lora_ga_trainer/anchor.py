@@ -249,7 +249,17 @@ def load_adapter(base_model: nn.Module, folder: str | os.PathLike[str], **kwargs
 
 
 def anchored_parameter_names(model: nn.Module) -> set[str]:
-    """Name the parameters that weight decay must leave alone: it would untie the halves and shrink `B0`."""
+    """
+    Name the parameters of anchored factors, whose second half follows the first or is frozen.
+
+    Weight decay must leave them alone: it would untie the halves of `A` and shrink `B0`. Half of their numbers learn.
+
+    Args:
+        model: with or without an anchored adapter.
+
+    Returns:
+        Names as `model.named_parameters()` spells them.
+    """
     return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, (AnchoredA, AnchoredB))}
 
 

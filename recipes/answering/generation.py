@@ -72,7 +72,7 @@ class GenerationArguments:
         base, dtype = self.base or "its own", f"{self.dtype}, {self.max_new_tokens} tokens"
         if self.adapter is None:
             return f"{self.base} ({self.model_revision}, {dtype})"
-        return f"{self.adapter} (weights {_digest(Path(self.adapter))}, base {base}, {dtype})"
+        return f"{self.adapter} (weights {_hash_weights(Path(self.adapter))}, base {base}, {dtype})"
 
     def output_file(self, name: str) -> Path:
         """Return the file of answers, `name` in the adapter's folder unless another was asked for."""
@@ -113,7 +113,7 @@ class Writer:
     """
 
     def __init__(self, args: GenerationArguments, task: str | None = None, class_names: list[str] | None = None):
-        saved = _adapter_config(args.adapter)
+        saved = _read_adapter_config(args.adapter)
         self.task = task or next((name for name, kind in TASK_TYPES.items() if kind == saved.get("task_type")), None)
         if self.task is None:
             self.task = "causal-lm"
@@ -191,7 +191,7 @@ def fill_prompt(template: str, row: Row, prompt: str) -> str:
     return fill_template(template, {**row, "prompt": prompt}, "prompt_template")
 
 
-def _digest(adapter: Path) -> str:
+def _hash_weights(adapter: Path) -> str:
     """Tell the weights of an adapter apart from others that were saved in the same folder."""
     digest = hashlib.sha256()
     for path in sorted(adapter.glob("adapter_model*.safetensors")):
@@ -201,7 +201,7 @@ def _digest(adapter: Path) -> str:
     return digest.hexdigest()[:12]
 
 
-def _adapter_config(adapter: str | None) -> dict[str, Any]:
+def _read_adapter_config(adapter: str | None) -> dict[str, Any]:
     if adapter is None:
         return {}
     place = Path(adapter) / "adapter_config.json"

@@ -40,7 +40,7 @@ def replace_defaults(parser: ArgumentParser, path: str, passed_over: Collection[
         if key not in actions or key in ("config", "help"):
             raise ValueError(f"{path}: {shorten(key)} is not an argument.{nearest_argument(str(key), parser)}")
         action = actions[key]
-        parser.set_defaults(**{key: _checked(value, action, f"{path}: {key}")})
+        parser.set_defaults(**{key: _convert_value(value, action, f"{path}: {key}")})
         action.required = False
 
 
@@ -112,15 +112,15 @@ def _refuse_duplicates(node: yaml.Node) -> None:
         _refuse_duplicates(value)
 
 
-def _checked(value: Any, action: Action, place: str) -> Any:
+def _convert_value(value: Any, action: Action, place: str) -> Any:
     if value is None and action.default is None:
         return None
     if action.nargs == "+":
-        return [_checked_one(item, action, place) for item in (value if isinstance(value, list) else [value])]
-    return _checked_one(value, action, place)
+        return [_convert_word(item, action, place) for item in (value if isinstance(value, list) else [value])]
+    return _convert_word(value, action, place)
 
 
-def _checked_one(value: Any, action: Action, place: str) -> Any:
+def _convert_word(value: Any, action: Action, place: str) -> Any:
     if value is None or isinstance(value, list):
         raise ValueError(f"{place}={shorten(value)}: one value is needed here.")
     if isinstance(value, bool) and (action.choices or action.type in (None, str)):
