@@ -29,6 +29,9 @@ Words, one for each thing:
     engine       what runs the processes: one process, DDP, FSDP or DeepSpeed ZeRO
 """
 
+from .adapters.find import find_adapted_layers
+from .adapters.layer import AdaptedLayer
+from .adapters.storage import anchored_parameter_names
 from .callback import LoRAGACallback
 from .config import LoRAGAConfig
 from .gradients.estimate import GradientEstimate
@@ -41,8 +44,10 @@ from .optimizers.builders import BuildRequest
 from .optimizers.registry import OPTIMIZERS, OptimizerEntry
 from .optimizers.wrapper import LoRAProOptimizer
 from .saving.export import export_adapter
+from .saving.intact import newest_complete_checkpoint
 from .saving.load import load_adapter
 from .starts.report import GradientReport
+from .starts.write import write_start
 from .trainer import LoRAGAMixin, LoRAGATrainer, Seq2SeqLoRAGATrainer
 
 
@@ -51,6 +56,7 @@ __version__ = "0.1.0"
 __all__ = [
     "INITS",
     "OPTIMIZERS",
+    "AdaptedLayer",
     "BuildRequest",
     "GradientEstimate",
     "GradientReport",
@@ -64,10 +70,14 @@ __all__ = [
     "LoRAProOptimizer",
     "OptimizerEntry",
     "Seq2SeqLoRAGATrainer",
+    "anchored_parameter_names",
     "correct_gradients",
     "estimate_gradients",
     "export_adapter",
+    "find_adapted_layers",
     "load_adapter",
     "lora_ga_factors",
     "lora_one_factors",
+    "newest_complete_checkpoint",
+    "write_start",
 ]

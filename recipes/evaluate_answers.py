@@ -57,15 +57,15 @@ def main(argv: list[str] | None = None) -> list[Record]:
 
 def write_turns(batch: list[Question], writer: Writer, args: AnswersArguments) -> list[list[str]]:
     """Return the answers to every turn of each question; a turn's prompt goes on from the turns before it."""
-    told = [""] * len(batch)
+    read = [""] * len(batch)
     written: list[list[str]] = [[] for _ in batch]
     for turn in range(args.max_turns):
         asked = [i for i, question in enumerate(batch) if turn < len(question["turns"])]
         for i in asked:
-            told[i] += fill_prompt(args.prompt_template, {}, batch[i]["turns"][turn])
-        for i, text in zip(asked, writer.write([told[i] for i in asked]) if asked else [], strict=True):
+            read[i] += fill_prompt(args.prompt_template, {}, batch[i]["turns"][turn])
+        for i, text in zip(asked, writer.write([read[i] for i in asked]) if asked else [], strict=True):
             written[i].append(text.strip())
-            told[i] += text.strip() + args.turn_separator
+            read[i] += text.strip() + args.turn_separator
     return written
 
 

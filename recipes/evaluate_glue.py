@@ -18,16 +18,15 @@ from typing import Any, Literal
 import torch
 from answering.answers import report, share
 from answering.generation import GenerationArguments, Writer, parse_evaluation
-from answering.glue_metrics import class_numbers, glue_metric
+from answering.glue_metrics import class_numbers, compute_glue_metrics
 from datasets import Dataset
 from finetuning.arguments import DataArguments
 from finetuning.data import CLASSIFICATION, read_held_out
 from finetuning.encoding import IGNORED, fill_templates, text_of
 from finetuning.filtering import word_for_value
+from finetuning.json_reading import read_json
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-
-from lora_ga_trainer.saving.json_file import read_json
 
 
 @dataclass
@@ -68,9 +67,7 @@ def main(argv: list[str] | None = None) -> dict:
         class_numbers([answer], glue.glue_task, words)[0] if answer in known else int(reference == 0)
         for answer, reference in zip(answers, references, strict=True)
     ]
-    compute, whose = glue_metric(glue.glue_task)
-    print(f"figures by {whose}")
-    results = compute(predictions, references)
+    results = compute_glue_metrics(glue.glue_task, predictions, references)
     results["accuracy"] = share([p == r for p, r in zip(predictions, references, strict=True)])
     results["no_label"] = sum(answer not in known for answer in answers)
     path = generation.output_file("glue_answers.jsonl")

@@ -24,8 +24,7 @@ from comparison.starts import Samples
 from finetuning.arguments import LoraArguments
 from finetuning.data import TaskData
 
-from lora_ga_trainer import LoRAGAConfig, LoRAGATrainer
-from lora_ga_trainer.adapters.find import find_adapted_layers
+from lora_ga_trainer import LoRAGAConfig, LoRAGATrainer, find_adapted_layers
 
 
 LORA = LoraArguments(lora_r=4, lora_alpha=8)

@@ -1,4 +1,4 @@
-"""GLUE: figures from `evaluate` and from scikit-learn, what counts as an answer, and whole runs of both kinds."""
+"""GLUE: figures, what counts as an answer, and whole runs of both kinds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import evaluate
 import numpy as np
 import paper_data
 import pytest
@@ -23,84 +22,35 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))  # as `
 import evaluate_glue
 import finetune
 from answering.generation import GenerationArguments, Writer
-from answering.glue_metrics import CLASSES, class_numbers, glue_metric, with_scikit_learn
+from answering.glue_metrics import CLASSES, class_numbers, compute_glue_metrics
 
 
 CONFIGS = Path(finetune.__file__).resolve().parent / "configs" / "papers"
-
-# What `evaluate.load("glue", task)` finds where a folder of that name lies in the working directory: GLUE's figures
-# from counts alone.
-MODULE = """
-import datasets
-import evaluate
-import math
-
-
-class Glue(evaluate.Metric):
-    def _info(self):
-        features = {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}
-        return evaluate.MetricInfo(
-            description="", citation="", inputs_description="", features=datasets.Features(features)
-        )
-
-    def _compute(self, predictions, references):
-        pairs = list(zip(predictions, references))
-        tp, tn = pairs.count((1, 1)), pairs.count((0, 0))
-        fp, fn = pairs.count((1, 0)), pairs.count((0, 1))
-        if self.config_name == "cola":
-            below = math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
-            return {"matthews_correlation": (tp * tn - fp * fn) / below if below else 0.0}
-        figures = {"accuracy": sum(p == r for p, r in pairs) / len(pairs)}
-        if self.config_name in ("mrpc", "qqp"):
-            figures["f1"] = 2 * tp / (2 * tp + fp + fn)
-        return figures
-"""
-
-
-@pytest.fixture
-def glue_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "glue").mkdir()
-    (tmp_path / "glue" / "glue.py").write_text(MODULE)
-    monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def glue_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = evaluate.load
-
-    def load(path: str, *args: Any, **settings: Any) -> Any:
-        if path == "glue":
-            raise FileNotFoundError("no hub here\nand more")
-        return real(path, *args, **settings)
-
-    monkeypatch.setattr(evaluate, "load", load)
-
 
 # --- figures -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("task", CLASSES)
-def test_evaluate_and_scikit_learn_give_the_same_figures(task, glue_loads):
+def test_figures_are_those_of_the_counts(task):
     generator = np.random.default_rng(3)
-    compute, whose = glue_metric(task)
-    assert whose == "evaluate's glue"
     for _ in range(3):
         references = generator.integers(0, len(CLASSES[task]), 60).tolist()
         wrong = generator.random(60) < 0.3
         predictions = [(r + 1) % len(CLASSES[task]) if w else r for r, w in zip(references, wrong, strict=True)]
-        assert compute(predictions, references) == pytest.approx(with_scikit_learn(task)(predictions, references))
+        pairs = list(zip(predictions, references, strict=True))
+        tp, tn, fp, fn = (pairs.count(pair) for pair in ((1, 1), (0, 0), (1, 0), (0, 1)))
+        expected = {"accuracy": sum(p == r for p, r in pairs) / 60}
+        if task == "cola":
+            below = math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+            expected = {"matthews_correlation": (tp * tn - fp * fn) / below}
+        elif task in ("mrpc", "qqp"):
+            expected["f1"] = 2 * tp / (2 * tp + fp + fn)
+        assert compute_glue_metrics(task, predictions, references) == pytest.approx(expected)
 
 
-def test_a_constant_answer_has_no_correlation(glue_loads):
-    for compute in (glue_metric("cola")[0], with_scikit_learn("cola")):
-        assert compute([1, 1, 1, 1], [1, 0, 1, 1]) == {"matthews_correlation": 0}
-        assert compute([1, 0, 1, 1], [1, 0, 1, 1]) == {"matthews_correlation": pytest.approx(1)}
-
-
-def test_the_output_says_why_it_is_scikit_learn(glue_does_not_load):
-    compute, whose = glue_metric("mrpc")
-    assert whose == "scikit-learn, because evaluate's glue did not load (no hub here)"
-    assert compute([1, 1, 0], [1, 0, 0]) == {"accuracy": pytest.approx(2 / 3), "f1": pytest.approx(2 / 3)}
+def test_a_constant_answer_has_no_correlation():
+    assert compute_glue_metrics("cola", [1, 1, 1, 1], [1, 0, 1, 1]) == {"matthews_correlation": 0}
+    assert compute_glue_metrics("cola", [1, 0, 1, 1], [1, 0, 1, 1]) == {"matthews_correlation": pytest.approx(1)}
 
 
 def test_classes_have_glues_numbers_whatever_they_are_called():
@@ -173,9 +123,7 @@ def say(monkeypatch: pytest.MonkeyPatch, texts: list[str]) -> list[str]:
     return asked
 
 
-def test_a_text_is_right_if_it_is_the_labels_word_and_nothing_else(
-    t5, tmp_path, monkeypatch, capsys, glue_does_not_load
-):
+def test_a_text_is_right_if_it_is_the_labels_word_and_nothing_else(t5, tmp_path, monkeypatch, capsys):
     rows = paper_data.write_rows(tmp_path / "rows.jsonl", paper_data.GLUE["cola"])  # labels 0, 1, 0, 1, 0, 1
     said = ["unacceptable", " acceptable ", "acceptable", "acceptable!", "unacceptable", "fine"]
     asked = say(monkeypatch, said)
@@ -188,11 +136,10 @@ def test_a_text_is_right_if_it_is_the_labels_word_and_nothing_else(
     answers = [json.loads(line)["answer"] for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
     assert answers == [text.strip() for text in said]
     printed = capsys.readouterr().out
-    assert "figures by scikit-learn, because evaluate's glue did not load" in printed
     assert "cola: matthews_correlation=0.0000, accuracy=0.5000 (standard error 0.2041, n=6), no_label=2" in printed
 
 
-def test_f1_is_that_of_equivalent_pairs(t5, tmp_path, monkeypatch, glue_does_not_load):
+def test_f1_is_that_of_equivalent_pairs(t5, tmp_path, monkeypatch):
     rows = paper_data.write_rows(tmp_path / "rows.jsonl", paper_data.GLUE["mrpc"])  # labels 0, 1, 0, 1, 0, 1
     say(monkeypatch, ["different", "equivalent", "different", "equivalent", "equivalent", "different"])
     results = evaluate_glue.main(command("mrpc", t5[0], rows))
@@ -201,7 +148,7 @@ def test_f1_is_that_of_equivalent_pairs(t5, tmp_path, monkeypatch, glue_does_not
     assert evaluate_glue.main(command("mrpc", t5[0], rows))["f1"] == pytest.approx(2 * 3 / (2 * 3 + 3))
 
 
-def test_a_model_is_given_no_more_tokens_than_could_be_a_label(t5, tmp_path, glue_does_not_load):
+def test_a_model_is_given_no_more_tokens_than_could_be_a_label(t5, tmp_path):
     rows = paper_data.write_rows(tmp_path / "rows.jsonl", paper_data.GLUE["sst2"])
     results = evaluate_glue.main(command("sst2", t5[0], rows))
     assert results["no_label"] == 6  # a random model
@@ -217,7 +164,7 @@ def test_only_label_words_can_be_measured(t5, tmp_path):
         evaluate_glue.main([*words, "--prompt_field", "sentence", "--completion_field", "label"])
 
 
-def test_a_classifier_is_measured_by_its_own_names_of_classes(tmp_path, monkeypatch, glue_does_not_load):
+def test_a_classifier_is_measured_by_its_own_names_of_classes(tmp_path, monkeypatch):
     tokenizer = paper_data.byte_tokenizer("<s> $A </s>")
     tiny.bert(vocab_size=len(tokenizer), num_labels=2).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")

@@ -1,383 +1,154 @@
-"""GSM8K: the number an answer comes to, what a model writes, and runs that are taken up again where they stopped."""
+"""GSM8K through lm-eval: the prompts of the recipes' tasks, the scores of answers, and a base with an adapter."""
 
 from __future__ import annotations
 
 import json
-import math
-import shutil
+import subprocess
 import sys
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import lm_eval_runs
 import paper_data
 import pytest
 import torch
+from lm_eval_runs import Scripted, evaluate, load
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoModelForCausalLM
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))  # as `python recipes/evaluate_gsm8k.py` does
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
 
-import evaluate_gsm8k
-from answering.answers import answer_missing, read_records, share
-from answering.generation import GenerationArguments, Writer, parse_evaluation
-from answering.numbers_in_text import final_number, marked_number
+from answering.generation import ALPACA_TEMPLATE
+from finetuning.encoding import encode_prompt
 
 
-# --- numbers -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "marked"),
-    [
-        ("He has 2 + 2 = 4.\n#### 42", "42"),
-        ("####42", "42"),
-        ("#### 1,234", "1234"),
-        ("#### 12,345,678.50 dollars", "12345678.50"),
-        ("#### -7", "-7"),
-        ("#### \u22127", "-7"),
-        ("#### +7", "7"),
-        ("#### $10,080", "10080"),
-        ("#### -$5", "-5"),
-        ("#### 0.5", "0.5"),
-        ("#### .5", "0.5"),
-        ("#### 42.", "42"),
-        ("#### 42.\nQ: And 3?\nA: 3\n#### 3", "42"),  # it did not stop: the first answer is its answer
-        ("The answer is: 18", "18"),
-        ("the answer is 18.", "18"),
-        ("The final answer is **1,800**.", "1800"),
-        ("The answer is: \\boxed{12}", "12"),
-        ("The answer is: $\\$12$", "12"),
-        ("3 pens.\n#### 18\nThe answer is: 18", "18"),
-        ("The answer is 5? No.\n#### 6", "6"),  # the data's own mark comes first
-        ("The answer is not clear, so I say 4. The answer is 9.", "9"),
-        ("#### none\nThe answer is 3", "3"),
-        ("#### 1,23", "1"),  # a comma that parts no thousands
-        ("#### 1,2345", "1"),
-        ("He has 4.", None),
-        ("#### four", None),
-        ("", None),
-    ],
-)
-def test_the_marked_number(text, marked):
-    assert marked_number(text) == (None if marked is None else Decimal(marked))
-    if marked is not None:
-        assert final_number(text) == Decimal(marked)
-
-
-@pytest.mark.parametrize(
-    ("text", "final"),
-    [
-        ("so 2 + 3 = 5.", "5"),
-        ("it is 10-5", "5"),  # a subtraction, not a sign
-        ("it is -5 degrees", "-5"),
-        ("from 1, 2, 3", "3"),
-        ("1,000,000 in all", "1000000"),
-        ("costs US$12.50", "12.50"),
-        ("50% of them", "50"),
-        ("- 5 apples", "5"),  # a list's dash
-        ("x2 and y3", None),  # names, not numbers
-        ("nothing", None),
-    ],
-)
-def test_without_a_mark_the_last_number_counts(text, final):
-    assert marked_number(text) is None
-    assert final_number(text) == (None if final is None else Decimal(final))
-
-
-def test_numbers_are_compared_by_value():
-    assert evaluate_gsm8k.judge("42", "#### 42.0")["correct"]
-    assert evaluate_gsm8k.judge("1000", "It is 1,000.") == {
-        "answer": "It is 1,000.",
-        "number": "1000",
-        "correct": True,
-        "marked": False,
-    }
-    assert not evaluate_gsm8k.judge("42", "#### 43")["correct"]
-    assert not evaluate_gsm8k.judge("42", "no idea")["correct"]
-    with pytest.raises(ValueError, match=r"row 7: no '#### number' in its answer 'It is 4\.'"):
-        evaluate_gsm8k.expected_number("It is 4.", 7)
-
-
-@pytest.mark.parametrize(("hits", "count"), [(0, 5), (2, 5), (5, 5)])
-def test_the_standard_error_is_that_of_a_binomial_share(hits, count):
-    p = hits / count
-    result = share([True] * hits + [False] * (count - hits))
-    # the variance of one draw, 0 or 1, is p (1 - p)
-    variance = sum((x - p) ** 2 for x in [1] * hits + [0] * (count - hits)) / count
-    assert result == {"value": p, "standard_error": pytest.approx(math.sqrt(variance / count)), "n": count}
-
-
-# --- writing -------------------------------------------------------------------------------------------------------
-
-
-def saved_adapter(folder: Path, kind: str) -> tuple[str, Any, str]:
-    """Write a base and an adapter that changes what it says, as PEFT saves it; return both folders and the model."""
-    base_folder = paper_data.save_base(folder / "base", kind)
-    loader = AutoModelForCausalLM if kind == "causal-lm" else AutoModelForSeq2SeqLM
-    base = loader.from_pretrained(base_folder)
-    task = "CAUSAL_LM" if kind == "causal-lm" else "SEQ_2_SEQ_LM"
-    torch.manual_seed(7)
-    model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type=task))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-    model.save_pretrained(folder / "adapter")
-    return str(folder / "adapter"), model.eval(), base_folder
-
-
-@pytest.fixture(scope="module")
-def causal(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any, str]:
-    return saved_adapter(tmp_path_factory.mktemp("causal"), "causal-lm")
-
-
-PROMPTS = ["Q: 1 + 1?\nA: ", "Q: A longer question, to be padded round.\nA: ", "A: "]
-
-
-@torch.no_grad()
-def greedy(model: Any, ids: list[int], count: int, end: int) -> list[int]:
-    """Take the likeliest token again and again, without a cache or a batch."""
-    written: list[int] = []
-    while len(written) < count:
-        token = model(input_ids=torch.tensor([ids + written])).logits[0, -1].argmax().item()
-        written.append(token)
-        if token == end:
-            break
-    return written
-
-
-def tokens(writer: Writer, prompts: list[str], **cut: Any) -> list[list[int]]:
-    """What is written, as tokens: random bytes are no text that could be told apart."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writer, "decode", list)
-        rows = writer.write(prompts, **cut)
-    return [[token for token in row if token != writer.tokenizer.pad_token_id] for row in rows]
-
-
-def test_batches_padded_on_the_left_write_what_each_prompt_gives_alone(causal):
-    adapter, model, base = causal
-    writer = Writer(GenerationArguments(adapter=adapter, max_new_tokens=6))
-    encoded = [[1, *writer.tokenizer(p, add_special_tokens=False)["input_ids"]] for p in PROMPTS]
-    expected = [greedy(model, ids, 6, 2) for ids in encoded]
-    assert len({tuple(row) for row in expected}) == 3
-    assert tokens(writer, PROMPTS) == expected
-    assert [tokens(writer, [prompt])[0] for prompt in PROMPTS] == expected
-    with model.disable_adapter():
-        alone = greedy(model, encoded[2], 6, 2)
-    assert tokens(Writer(GenerationArguments(base=base, output="x.jsonl", max_new_tokens=6)), ["A: "]) == [alone]
-    assert alone != expected[2]
-
-
-def test_a_seq2seq_model_writes_the_same_in_a_batch_as_alone(tmp_path):
-    adapter, model, _ = saved_adapter(tmp_path, "seq2seq")
-    writer = Writer(GenerationArguments(adapter=adapter, max_new_tokens=5))
-    together = tokens(writer, PROMPTS, max_length=30)
-    assert together == [tokens(writer, [prompt], max_length=30)[0] for prompt in PROMPTS]
-    ids = writer.tokenizer(PROMPTS[1], truncation=True, max_length=30, return_tensors="pt").input_ids
-    written = [0]
-    with torch.no_grad():
-        for _ in range(5):
-            logits = model(input_ids=ids, decoder_input_ids=torch.tensor([written])).logits
-            written.append(logits[0, -1].argmax().item())
-    assert together[1] == [token for token in written if token != 0]
-    assert len(together[1]) > 0
-
-
-def test_the_likeliest_answer_is_taken_whatever_the_checkpoint_says(causal, tmp_path):
-    adapter, _, _ = causal
-    base = paper_data.save_base(tmp_path / "base", "causal-lm")
-    model = AutoModelForCausalLM.from_pretrained(base)
-    model.generation_config.update(do_sample=True, temperature=5.0, top_p=0.9)  # as Llama 2's checkpoint draws
-    model.save_pretrained(base)
-    written = set()
-    for seed in range(3):
-        torch.manual_seed(seed)
-        writer = Writer(GenerationArguments(adapter=adapter, base=base, max_new_tokens=8))
-        written.add(tuple(tokens(writer, ["A: "])[0]))
-    assert len(written) == 1
-    writer.sample(temperature=5.0, top_p=1.0, seed=0)
-    assert len({tuple(tokens(writer, ["A: "])[0]) for _ in range(4)}) > 1
-
-
-def test_a_model_stops_at_its_end_token(causal):
-    writer = Writer(GenerationArguments(adapter=causal[0], max_new_tokens=8))
-    whole = tokens(writer, ["A: "])[0]
-    assert writer.model.generation_config.eos_token_id == [2]
-    writer.model.generation_config.eos_token_id = [whole[3]]
-    assert tokens(writer, ["A: "])[0] == whole[: whole.index(whole[3]) + 1]
-
-
-# --- whole runs ----------------------------------------------------------------------------------------------------
+STRICT, FLEXIBLE = "exact_match,strict-match", "exact_match,flexible-extract"
+TEMPLATES = {"gsm8k_qa": "Q: {prompt}\nA: ", "gsm8k_alpaca": ALPACA_TEMPLATE}
 
 
 @pytest.fixture
-def command(causal, tmp_path) -> list[str]:
-    file = paper_data.write_rows(tmp_path / "test.jsonl", paper_data.GSM8K)
-    output = str(tmp_path / "answers.jsonl")
-    return [
-        "--adapter",
-        causal[0],
-        "--eval_file",
-        file,
-        "--output",
-        output,
-        "--max_new_tokens",
-        "4",
-        "--batch_size",
-        "2",
-    ]
+def files(tmp_path: Path) -> dict[str, str]:
+    return {"gsm8k_file": paper_data.write_rows(tmp_path / "test.jsonl", paper_data.GSM8K)}
 
 
-def say(monkeypatch: pytest.MonkeyPatch, texts: list[str]) -> list[list[str]]:
-    """Let the model say these texts, in order, and fail when they are used up; return the prompts it is asked."""
-    asked: list[list[str]] = []
-    left = list(texts)
-
-    def write(self: Writer, prompts: list[str]) -> list[str]:
-        if len(left) < len(prompts):
-            raise RuntimeError("the machine went down")
-        asked.append(prompts)
-        return [left.pop(0) for _ in prompts]
-
-    monkeypatch.setattr(Writer, "write", write)
-    return asked
+# --- scores --------------------------------------------------------------------------------------------------------
 
 
-def test_figures_prompts_and_answers(command, monkeypatch, capsys, tmp_path):
-    asked = say(monkeypatch, ["3 - 1 = 2.\n#### 2", "I think 3", "#### 5"])  # right, right without a mark, wrong
-    results = evaluate_gsm8k.main(command)
-    assert asked[0] == [f"Q: {row['question']}\nA: " for row in paper_data.GSM8K[:2]]
-    assert results["accuracy"] == {"value": 2 / 3, "standard_error": pytest.approx(math.sqrt(2 / 27)), "n": 3}
-    assert results["accuracy_of_marked"]["value"] == 1 / 3
-    records = read_records(tmp_path / "answers.jsonl")
-    assert [record["expected"] for record in records] == ["2", "3", "4"]
-    assert records[1] | {"prompt": "", "model": ""} == {
-        "id": 1,
-        "model": "",
-        "prompt": "",
-        "expected": "3",
-        "answer": "I think 3",
-        "number": "3",
-        "correct": True,
-        "marked": False,
-    }
-    assert json.loads((tmp_path / "answers.results.json").read_text()) == results
-    assert "GSM8K: accuracy=0.6667 (standard error 0.2722, n=3)" in capsys.readouterr().out
-
-
-def test_a_run_that_was_stopped_goes_on_where_it_was(command, monkeypatch, tmp_path):
-    say(monkeypatch, ["#### 2", "#### 3"])
-    with pytest.raises(RuntimeError, match="went down"):
-        evaluate_gsm8k.main(command)
-    path = tmp_path / "answers.jsonl"
-    whole = path.read_text()
-    path.write_text(whole + '{"id": 2, "answ', encoding="utf-8")  # killed while it wrote
-    asked = say(monkeypatch, ["#### 4"])
-    results = evaluate_gsm8k.main(command)
-    assert [len(prompts) for prompts in asked] == [1]
-    assert "had 5 pens" in asked[0][0]
-    assert path.read_text().startswith(whole)
-    assert results["accuracy"]["value"] == 1
-    asked = say(monkeypatch, [])
-    assert evaluate_gsm8k.main(command) == results
-    assert asked == []
-
-
-def test_answers_to_other_prompts_or_of_another_model_are_not_taken(command, monkeypatch, causal):
-    say(monkeypatch, ["#### 2", "#### 3", "#### 4"])
-    evaluate_gsm8k.main(command)
-    with pytest.raises(ValueError, match=r"the answer to id=0 was given to another prompt .*Choose another --output"):
-        evaluate_gsm8k.main([*command, "--prompt_template", "{prompt}"])
-    with pytest.raises(ValueError, match="was given to another model"):
-        evaluate_gsm8k.main(
-            [word if word != "--adapter" else "--base" for word in command[:1]] + [causal[2], *command[2:]]
-        )
-
-
-def test_answers_of_other_weights_in_the_same_folder_are_not_taken(command, monkeypatch, causal, tmp_path):
-    adapter = shutil.copytree(causal[0], tmp_path / "again")
-    words = [str(adapter) if word == causal[0] else word for word in command]
-    say(monkeypatch, ["#### 2", "#### 3", "#### 4"])
-    evaluate_gsm8k.main(words)
-    with pytest.raises(ValueError, match="was given to another model"):
-        evaluate_gsm8k.main([*words, "--max_new_tokens", "7"])
-    weights = load_file(adapter / "adapter_model.safetensors")
-    save_file({name: weight + 1 for name, weight in weights.items()}, adapter / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match="was given to another model"):
-        evaluate_gsm8k.main(words)
-
-
-def test_what_is_written_keeps_the_spaces_that_a_decoder_strips_from_the_start_of_a_text(causal, monkeypatch):
-    """Llama 2's decoder ends in `Strip(" ", start=1)`."""
-    writer = Writer(GenerationArguments(adapter=causal[0]))
-    written = list(b"    return 1")
-    monkeypatch.setattr(
-        writer.model, "generate", lambda input_ids, **_: torch.cat([input_ids, torch.tensor([written])], dim=1)
-    )
-    text = lambda ids, **_: bytes(i for i in ids if i > 2).decode().removeprefix(" ")
-    monkeypatch.setattr(writer.tokenizer, "decode", text)
-    monkeypatch.setattr("answering.generation.encode_prompt", lambda prompt, tokenizer: ([1], list(prompt.encode())))
-    assert writer.write(["def f():\n"]) == ["    return 1"]
-
-
-def test_a_broken_line_in_the_middle_is_named(tmp_path):
-    path = tmp_path / "answers.jsonl"
-    path.write_text('{"id": 0}\n{"id": \n{"id": 2}\n')
-    with pytest.raises(ValueError, match=r"answers\.jsonl, line 2: no JSON"):
-        read_records(path)
-
-
-def test_answers_come_in_the_order_of_the_questions(tmp_path):
-    path = tmp_path / "answers.jsonl"
-    path.write_text('{"id": 2, "prompt": "c", "model": "m"}\n')
-    questions = [{"id": i, "prompt": p, "model": "m"} for i, p in enumerate("abc")]
-    records = answer_missing(path, questions, lambda batch: batch, 1)
-    assert [record["id"] for record in records] == [0, 1, 2]
-
-
-def test_a_limit_takes_the_first_rows(command, monkeypatch):
-    say(monkeypatch, ["#### 2"])
-    assert evaluate_gsm8k.main([*command, "--limit", "1"])["accuracy"]["n"] == 1
-
-
-def test_the_training_runs_yaml_gives_the_prompt_and_nothing_else(command, tmp_path):
-    config = tmp_path / "run.yaml"
-    config.write_text('model_name_or_path: other\ntrain_file: x.jsonl\nprompt_template: "{prompt}!"\neval_file: no\n')
-    types = (evaluate_gsm8k.GSM8KArguments, GenerationArguments)
-    gsm8k, generation = parse_evaluation(types, [*command, "--config", str(config)])
-    assert (gsm8k.prompt_template, generation.base) == ("{prompt}!", None)
-    assert gsm8k.eval_file.endswith("test.jsonl")
-    assert (
-        parse_evaluation(types, [*command, "--config", str(config), "--prompt_template", "x"])[0].prompt_template
-        == "x"
-    )
-    config.write_text("promt_template: x\n")
-    with pytest.raises(ValueError, match=r"'promt_template' is not an argument\. Did you mean 'prompt_template'"):
-        parse_evaluation(types, [*command, "--config", str(config)])
+@pytest.mark.parametrize("task", TEMPLATES)
+def test_a_right_number_scores_1_and_a_wrong_one_0(task, files):
+    # right, right without the mark, wrong; the answers are 2, 3 and 4
+    model = Scripted(["3 - 1 = 2.\n#### 2", "I think 3", "#### 5"])
+    found = evaluate(task, model, files)
+    assert model.prompts == [TEMPLATES[task].replace("{prompt}", row["question"]) for row in paper_data.GSM8K]
+    assert (found[STRICT], found[FLEXIBLE]) == (pytest.approx(1 / 3), pytest.approx(2 / 3))
 
 
 @pytest.mark.parametrize(
-    ("words", "error", "message"),
+    ("text", "strict", "flexible"),
     [
-        ([], ValueError, "give --adapter FOLDER, or --base"),
-        (["--base", "x"], ValueError, "Give --output"),
-        (["--adapter", "nowhere"], FileNotFoundError, "nowhere: no adapter_config.json in it"),
-        (["--base", "x", "--output", "y", "--batch_size", "0"], ValueError, "batch_size=0 must be at least 1"),
+        ("He has 2.\n#### 2", 1, 1),
+        ("#### 2\nThe answer is: 2", 1, 1),  # as MetaMathQA ends
+        ("#### 2.", 1, 1),
+        ("#### 2\n#### 7", 1, 0),  # it did not stop: the first answer is its answer
+        ("It costs $2", 0, 1),
+        ("The answer is 2", 0, 1),
+        ("#### 22", 0, 0),
+        ("2 or 7", 0, 0),
+        ("no idea", 0, 0),
+        ("", 0, 0),
     ],
 )
-def test_impossible_arguments_are_named(words, error, message):
-    with pytest.raises(error, match=message):
-        evaluate_gsm8k.main(words)
+def test_the_number_an_answer_comes_to(text, strict, flexible, files):
+    found = evaluate("gsm8k_qa", Scripted([text]), files, limit=1)
+    assert (found[STRICT], found[FLEXIBLE]) == (strict, flexible)
 
 
-def test_rows_in_another_format_are_named(command, tmp_path):
-    paper_data.write_rows(tmp_path / "test.jsonl", [{"question": "?"}])
-    with pytest.raises(
-        ValueError, match=r"no column 'answer'; it has question\. Rows with question, answer are needed"
-    ):
-        evaluate_gsm8k.main(command)
-    paper_data.write_rows(tmp_path / "test.jsonl", [{"question": "?", "answer": "four"}])
-    with pytest.raises(ValueError, match="row 0: no '#### number'"):
-        evaluate_gsm8k.main(command)
+def test_thousands_may_be_parted_by_commas_on_either_side(tmp_path):
+    rows = [{"question": "?", "answer": f"#### {number}"} for number in ("1,000", "1000", "-1,000")]
+    files = {"gsm8k_file": paper_data.write_rows(tmp_path / "rows.jsonl", rows)}
+    assert evaluate("gsm8k_qa", Scripted(["#### 1000", "#### 1,000", "#### -1000"]), files)[STRICT] == 1
+    assert evaluate("gsm8k_qa", Scripted(["#### 100", "#### 10000", "#### 1000"]), files)[STRICT] == 0
+
+
+def test_the_likeliest_answer_is_asked_for_and_ends_before_the_next_question(files):
+    model = Scripted(["#### 2"] * 3)
+    evaluate("gsm8k_qa", model, files)
+    assert all(settings["do_sample"] is False for settings in model.settings)
+    assert [settings["until"] for settings in model.settings] == [["Q:"]] * 3
+
+
+def test_rows_in_another_format_are_named(tmp_path):
+    file = paper_data.write_rows(tmp_path / "rows.jsonl", [{"question": "?"}])
+    with pytest.raises(ValueError, match=r"rows\.jsonl: no column 'answer'; it has question\."):
+        evaluate("gsm8k_qa", Scripted([]), {"gsm8k_file": file})
+    paper_data.write_rows(tmp_path / "rows.jsonl", [{"question": "?", "answer": "four"}])
+    with pytest.raises(ValueError, match=r"rows\.jsonl, row 0: no '#### number' in its answer 'four'"):
+        evaluate("gsm8k_qa", Scripted([]), {"gsm8k_file": file})
+
+
+# --- a base and an adapter -----------------------------------------------------------------------------------------
+
+
+def learn(model: Any, text: str, answer: str, steps: int) -> None:
+    """Teach a model to say `answer` and to stop after `text`, with `<s>` before and `</s>` behind."""
+    tokenizer = paper_data.byte_tokenizer("<s> $A")
+    prompt, whole = tokenizer(text).input_ids, [*tokenizer(text + answer).input_ids, 2]
+    ids = torch.tensor([whole])
+    labels = torch.tensor([[-100] * len(prompt) + whole[len(prompt) :]])
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=labels).loss.backward()
+        optimizer.step()
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """A random base, and an adapter that knows the first answer, as PEFT saves it."""
+    folder = tmp_path_factory.mktemp("taught")
+    base = paper_data.save_base(folder / "base", "causal-lm")
+    torch.manual_seed(7)
+    config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    learn(model, f"Q: {paper_data.GSM8K[0]['question']}\nA: ", "#### 2", steps=60)
+    model.save_pretrained(folder / "adapter")
+    return base, str(folder / "adapter")
+
+
+def test_an_adapter_that_learned_the_answer_scores_1_and_its_base_alone_0(taught, files):
+    base, adapter = taught
+    with_adapter = evaluate("gsm8k_qa", load(base, adapter), files, limit=1)
+    assert (with_adapter[STRICT], with_adapter[FLEXIBLE]) == (1, 1)
+    assert with_adapter["samples"][0]["resps"] == [["#### 2"]]
+    alone = evaluate("gsm8k_qa", load(base), files, limit=1, gen_kwargs="max_gen_toks=16")
+    assert (alone[STRICT], alone[FLEXIBLE]) == (0, 0)
+
+
+def test_the_prompt_has_the_tokens_that_training_gave_it(taught):
+    """`<s>` once in front, nothing behind: what the recipe's training encodes."""
+    model = load(taught[0])
+    prompt = "Q: 1 + 1?\nA: "
+    start, body = encode_prompt(prompt, model.tokenizer)
+    assert model.tok_batch_encode([prompt])[0].tolist() == [[*start, *body]]
+
+
+def test_answers_do_not_depend_on_the_batch(taught, files):
+    said = []
+    for batch_size in (1, 3):
+        found = evaluate("gsm8k_qa", load(*taught, batch_size=batch_size), files, gen_kwargs="max_gen_toks=12")
+        said.append([sample["resps"][0][0] for sample in found["samples"]])
+    assert said[0] == said[1]
+    assert said[0][0] == "#### 2"
+
+
+@pytest.mark.slow
+def test_the_command_line_of_the_docs_runs(taught, files, tmp_path):
+    base, adapter = taught
+    words = ["-m", "lm_eval", "run", "--model", "hf", "--model_args", f"pretrained={base},peft={adapter}"]
+    words += ["--tasks", "gsm8k_qa", "--include_path", str(lm_eval_runs.TASKS), "--device", "cpu", "--limit", "1"]
+    words += ["--metadata", f"gsm8k_file={files['gsm8k_file']}", "--output_path", str(tmp_path / "found")]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (file,) = (tmp_path / "found").rglob("results_*.json")
+    assert json.loads(file.read_text())["results"]["gsm8k_qa"][STRICT] == 1

@@ -53,6 +53,12 @@ def find_adapted_layers(model: PeftModel) -> list[AdaptedLayer]:
 
     A module that is shared by several names is listed once.
 
+    Args:
+        model: of PEFT, as `trainer.model` is before an engine wraps it.
+
+    Returns:
+        One [`AdaptedLayer`] a module: its `name`, `shape` `(out, in)`, `s`, and the factors `stored_A`, `stored_B`.
+
     Raises:
         `ValueError`: if a layer is of a type whose gradient can't be read from its input and output, if the adapter is
             merged into the base, or if no layer is trainable.

@@ -18,14 +18,23 @@ from .storage import AnchoredA, AnchoredB, AnchoredExpertsA, AnchoredExpertsB
 
 @dataclass(frozen=True)
 class AdaptedLayer:
-    """One linear layer of the base model with the LoRA factors that PEFT put around it."""
+    """
+    One linear layer of the base model with the LoRA factors that PEFT put around it.
+
+    [`find_adapted_layers`] lists those of a model. The weight that is adapted is `W + s B A`.
+
+    Args:
+        name: inside the base model, as `base_model.named_modules()` spells it.
+        module: PEFT's layer.
+        adapter: name of the adapter.
+    """
 
     # Whether the layer has an input `x` and an output `y` of its own, from which its gradient can be read.
     has_inputs: ClassVar[bool] = True
     # The modules that `lora_A` and `lora_B` become when the layer is anchored.
     anchored_modules: ClassVar[tuple[type[AnchoredA], type[AnchoredB]]] = (AnchoredA, AnchoredB)
 
-    name: str  # inside the base model, as `base_model.named_modules()` spells it
+    name: str
     module: LoraLayer
     adapter: str
 

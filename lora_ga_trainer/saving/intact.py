@@ -40,8 +40,17 @@ def newest_complete_checkpoint(trainer: Trainer) -> str | None:
     A newer one that was cut short is skipped with a warning that names it and what is wrong with it. The first process
     lists the folders; one counts as complete if it is for every process, each of which looks at what it would load.
 
+    Args:
+        trainer: whose `args.output_dir` is looked through.
+
     Returns:
         Its folder; `None` where no checkpoint is complete.
+
+    Example:
+        ```python
+        # Where no checkpoint is complete this trains from the beginning.
+        trainer.train(resume_from_checkpoint=newest_complete_checkpoint(trainer))
+        ```
     """
     for folder in gather_object([_checkpoints(trainer.args.output_dir)])[0]:
         problem = _problem(trainer, folder)

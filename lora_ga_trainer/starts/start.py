@@ -10,11 +10,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..adapters.anchor import start_values
 from ..adapters.layer import AdaptedLayer
 from ..config import LoRAGAConfig
 from ..engines.collectives import mean_over_processes
-from ..engines.parameters import write_parameters
 from ..engines.support import probed_module
 from ..gradients.borrow import borrowed
 from ..gradients.estimate import GradientEstimate
@@ -22,6 +20,7 @@ from ..gradients.probe_file import load_or_estimate
 from ..gradients.samples import mean_loss
 from .compute import compute_starts
 from .report import GradientReport
+from .write import write_start
 
 
 if TYPE_CHECKING:
@@ -56,7 +55,7 @@ def start_adapter(
     starts, sent = compute_starts(trainer, config, layers, estimate)
     for start in starts:
         if start.factors is not None:
-            write_parameters(trainer, start_values(start.layer, *start.factors))
+            write_start(trainer, start.layer, *start.factors)
     loss_after = _loss_after(trainer, estimate)
     return GradientReport(
         init=config.init,

@@ -1,1 +1,1 @@
-"""What `evaluate_*.py` share: a model that writes, files of answers, and what decides whether an answer is right."""
+"""Shared by `evaluate_answers.py` and `evaluate_glue.py`: a model that writes, files of answers, GLUE's figures."""

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, load_dataset
+from finetuning.json_reading import parse_json, shorten
 from finetuning.package_paths import resolve_reference
 from finetuning.reading import read_local
 from tqdm import tqdm
-
-from lora_ga_trainer.saving.json_file import parse_json, short
 
 
 HUB = "hub"  # what stands for a file: the data set of that name on the hub
@@ -67,7 +66,7 @@ def answer_missing(
     for record in read_records(path):
         if type(record.get(key)) not in (str, int):
             raise ValueError(
-                f"{path}: {key}={short(record.get(key))} in {short(record)} names no question. Remove it."
+                f"{path}: {key}={shorten(record.get(key))} in {shorten(record)} names no question. Remove it."
             )
         records[record[key]] = record
     for question in questions:
@@ -106,7 +105,7 @@ def read_records(path: Path) -> list[Record]:
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: no JSON ({error}). Remove the line or the file.") from error
         if not isinstance(record, dict):
-            raise ValueError(f"{path}, line {number}: {short(record)} is no object. Remove the line or the file.")
+            raise ValueError(f"{path}, line {number}: {shorten(record)} is no object. Remove the line or the file.")
         records.append(record)
     if whole != raw:
         path.write_bytes(whole)

@@ -9,11 +9,10 @@ from typing import Any, Literal
 import torch
 from finetuning.arguments import ModelArguments, parse_into
 from finetuning.encoding import Row, encode_prompt, fill_template
+from finetuning.json_reading import read_json
 from finetuning.models import TASK_TYPES, load_model, load_tokenizer
 from peft import PeftModel
 from transformers import GenerationConfig, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
-
-from lora_ga_trainer.saving.json_file import read_json
 
 
 # Stanford Alpaca's prompt for an instruction without input, which the papers' code trains on.
@@ -73,7 +72,7 @@ class GenerationArguments:
         base, dtype = self.base or "its own", f"{self.dtype}, {self.max_new_tokens} tokens"
         if self.adapter is None:
             return f"{self.base} ({self.model_revision}, {dtype})"
-        return f"{self.adapter} (weights {_digest(Path(self.adapter))}, base {base}, {dtype})"
+        return f"{self.adapter} (weights {_hash_weights(Path(self.adapter))}, base {base}, {dtype})"
 
     def output_file(self, name: str) -> Path:
         """Return the file of answers, `name` in the adapter's folder unless another was asked for."""
@@ -114,7 +113,7 @@ class Writer:
     """
 
     def __init__(self, args: GenerationArguments, task: str | None = None, class_names: list[str] | None = None):
-        saved = _adapter_config(args.adapter)
+        saved = _read_adapter_config(args.adapter)
         self.task = task or next((name for name, kind in TASK_TYPES.items() if kind == saved.get("task_type")), None)
         if self.task is None:
             self.task = "causal-lm"
@@ -138,11 +137,6 @@ class Writer:
             model = PeftModel.from_pretrained(model, args.adapter)
         self.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model = model.to(self.device).eval()
-
-    def sample(self, temperature: float, top_p: float, seed: int) -> None:
-        """Draw every further token at random, instead of taking the likeliest."""
-        torch.manual_seed(seed)
-        self.model.generation_config.update(do_sample=True, temperature=temperature, top_p=top_p, top_k=0)
 
     @torch.inference_mode()
     def write(self, prompts: list[str], max_length: int | None = None) -> list[str]:
@@ -197,7 +191,7 @@ def fill_prompt(template: str, row: Row, prompt: str) -> str:
     return fill_template(template, {**row, "prompt": prompt}, "prompt_template")
 
 
-def _digest(adapter: Path) -> str:
+def _hash_weights(adapter: Path) -> str:
     """Tell the weights of an adapter apart from others that were saved in the same folder."""
     digest = hashlib.sha256()
     for path in sorted(adapter.glob("adapter_model*.safetensors")):
@@ -207,7 +201,7 @@ def _digest(adapter: Path) -> str:
     return digest.hexdigest()[:12]
 
 
-def _adapter_config(adapter: str | None) -> dict[str, Any]:
+def _read_adapter_config(adapter: str | None) -> dict[str, Any]:
     if adapter is None:
         return {}
     place = Path(adapter) / "adapter_config.json"

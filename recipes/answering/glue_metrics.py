@@ -1,8 +1,5 @@
-"""GLUE's figures for a task, through `evaluate` where its module loads and scikit-learn otherwise."""
+"""GLUE's figures for a task, by scikit-learn, and GLUE's numbers of the classes."""
 
-from collections.abc import Callable
-
-import evaluate
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 
@@ -16,39 +13,25 @@ CLASSES = {
     "rte": ("entailment", "not_entailment"),
     "sst2": ("negative", "positive"),
 }
-Compute = Callable[[list[int], list[int]], dict[str, float]]  # predictions, references -> figures
 
 
-def glue_metric(task: str) -> tuple[Compute, str]:
+def compute_glue_metrics(task: str, predictions: list[int], references: list[int]) -> dict[str, float]:
     """
-    Return a function that gives a task's figures, and a sentence that says whose it is.
+    Compute a task's figures as GLUE reports them.
 
     Args:
         task (`str`): one of `CLASSES`.
+        predictions, references (`list[int]`): GLUE's class numbers.
 
     Returns:
-        The function gives CoLA's Matthews correlation, F1 and accuracy for MRPC and QQP, and accuracy for the others.
+        `dict[str, float]`: CoLA's Matthews correlation, F1 and accuracy for MRPC and QQP, accuracy for the others.
     """
-    try:
-        module = evaluate.load("glue", task, keep_in_memory=True)
-    except Exception as error:  # whatever keeps it from loading, and there are many ways, is said in the output
-        reason = str(error).split("\n")[0][:120]
-        return with_scikit_learn(task), f"scikit-learn, because evaluate's glue did not load ({reason})"
-    return lambda p, r: module.compute(predictions=p, references=r), "evaluate's glue"
-
-
-def with_scikit_learn(task: str) -> Compute:
-    """Return the same figures as `evaluate`'s module gives, from scikit-learn."""
-
-    def compute(predictions: list[int], references: list[int]) -> dict[str, float]:
-        if task == "cola":
-            return {"matthews_correlation": float(matthews_corrcoef(references, predictions))}
-        figures = {"accuracy": float(accuracy_score(references, predictions))}
-        if task in ("mrpc", "qqp"):
-            figures["f1"] = float(f1_score(references, predictions))
-        return figures
-
-    return compute
+    if task == "cola":
+        return {"matthews_correlation": float(matthews_corrcoef(references, predictions))}
+    figures = {"accuracy": float(accuracy_score(references, predictions))}
+    if task in ("mrpc", "qqp"):
+        figures["f1"] = float(f1_score(references, predictions))
+    return figures
 
 
 def class_numbers(names: list[str], task: str, words: dict[str, str]) -> list[int]:

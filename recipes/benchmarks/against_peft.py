@@ -30,8 +30,7 @@ from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor
 from transformers import DataCollatorForSeq2Seq, TrainingArguments
 
-from lora_ga_trainer import LoRAGAConfig, LoRAGATrainer, estimate_gradients
-from lora_ga_trainer.adapters.find import find_adapted_layers
+from lora_ga_trainer import LoRAGAConfig, LoRAGATrainer, estimate_gradients, find_adapted_layers
 
 
 def read_rows(path: Path, count: int, tokenizer, length: int) -> list[dict[str, list[int]]]:

@@ -15,6 +15,7 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 
@@ -26,27 +27,24 @@ from comparison.memory import PeakMemory
 from cost_models import MODELS, clock
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from transformers import TrainingArguments
 
-from lora_ga_trainer import LoRAGAConfig
-from lora_ga_trainer.adapters.anchor import start_values
-from lora_ga_trainer.adapters.find import find_adapted_layers
-from lora_ga_trainer.starts.prepare import prepare_adapter
+from lora_ga_trainer import LoRAGAConfig, LoRAGATrainer, find_adapted_layers, write_start
 
 
 KINDS = ("plain", "anchored")
+INITS = {"plain": "none", "anchored": "lora_ga"}
 
 
-def adapted(base: nn.Module, kind: str, rank: int) -> PeftModel:
+def make_adapter(base: nn.Module, kind: str, rank: int) -> PeftModel:
     """Adapt all linear layers; both kinds begin with factors that are not zero, so that nothing is skipped."""
     model = get_peft_model(base, LoraConfig(r=rank, target_modules="all-linear"))
-    if kind == "anchored":
-        prepare_adapter(model, LoRAGAConfig())
-    with torch.no_grad():
-        for layer in find_adapted_layers(model):
-            out_features, in_features = layer.shape
-            B0, A0 = torch.randn(out_features, rank) * 0.02, torch.randn(rank, in_features) * 0.02
-            for parameter, value in start_values(layer, B0, A0):
-                parameter.copy_(value)
+    with tempfile.TemporaryDirectory() as folder:
+        args = TrainingArguments(folder, report_to=[])
+        trainer = LoRAGATrainer(model, args, lora_ga_config=LoRAGAConfig(init=INITS[kind]))  # anchors the layers
+    for layer in find_adapted_layers(model):
+        out_features, in_features = layer.shape
+        write_start(trainer, layer, torch.randn(out_features, rank) * 0.02, torch.randn(rank, in_features) * 0.02)
     return model
 
 
@@ -67,16 +65,16 @@ class Training:
         return clock() - begin
 
 
-def make(args: argparse.Namespace) -> tuple[nn.Module, Tensor]:
+def make_base(args: argparse.Namespace) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     base = MODELS[args.model](getattr(torch, args.dtype)).to(device)
     return base, torch.randint(0, 4096, (args.rows, args.tokens), device=device)
 
 
-def times(args: argparse.Namespace) -> list[dict[str, float]]:
-    base, ids = make(args)
-    trainings = {kind: Training(adapted(copy.deepcopy(base), kind, args.rank)) for kind in KINDS}
+def time_steps(args: argparse.Namespace) -> list[dict[str, float]]:
+    base, ids = make_base(args)
+    trainings = {kind: Training(make_adapter(copy.deepcopy(base), kind, args.rank)) for kind in KINDS}
     for training in trainings.values():
         training.step(ids)  # allocates states
     rounds = []
@@ -86,10 +84,10 @@ def times(args: argparse.Namespace) -> list[dict[str, float]]:
     return rounds
 
 
-def memory(args: argparse.Namespace) -> dict[str, int]:
+def measure_peak(args: argparse.Namespace) -> dict[str, int]:
     """Return the peak of the second step; the first one allocates the optimizer's states."""
-    base, ids = make(args)
-    training = Training(adapted(base, args.worker, args.rank))
+    base, ids = make_base(args)
+    training = Training(make_adapter(base, args.worker, args.rank))
     training.step(ids)
     peak = PeakMemory()
     training.step(ids)
@@ -112,14 +110,14 @@ def main() -> None:
     if args.quick:
         args.model, args.rounds, args.tokens = "tiny", 3, 32
     if args.worker:
-        print(json.dumps(memory(args)))
+        print(json.dumps(measure_peak(args)))
         return
     peaks = {}
     for kind in KINDS:
         command = [sys.executable, __file__, *sys.argv[1:], "--worker", kind]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         peaks[kind] = json.loads(done.stdout.splitlines()[-1])["peak"]
-    rounds = times(args)
+    rounds = time_steps(args)
     ratios = sorted(row["anchored"] / row["plain"] for row in rounds)
     quarter = len(ratios) // 4
     summary = {

@@ -51,17 +51,17 @@ class Method:
         return self.adapt(model, make_lora_config(replace(lora, **self.lora), task), samples)
 
 
-def _full(model: nn.Module, config: LoraConfig, samples: Samples) -> nn.Module:
+def _widen_base(model: nn.Module, config: LoraConfig, samples: Samples) -> nn.Module:
     """Widen a base in half precision, as PEFT widens adapters: at small rates most steps would round away."""
     return model.float()
 
 
-def _wrap(model: nn.Module, config: LoraConfig, samples: Samples) -> nn.Module:
+def _add_lora(model: nn.Module, config: LoraConfig, samples: Samples) -> nn.Module:
     return get_peft_model(model, config)
 
 
-def _from(init: str) -> Callable[[nn.Module, LoraConfig, Samples], nn.Module]:
-    """A start that PEFT computes from the base weights, changing them."""
+def _make_peft_start(init: str) -> Callable[[nn.Module, LoraConfig, Samples], nn.Module]:
+    """Return a function that lets PEFT compute a start from the base weights, which it changes."""
 
     def adapt(model: nn.Module, config: LoraConfig, samples: Samples) -> nn.Module:
         config.init_lora_weights = init
@@ -70,8 +70,8 @@ def _from(init: str) -> Callable[[nn.Module, LoraConfig, Samples], nn.Module]:
     return adapt
 
 
-def _as(kind: type[PeftConfig], **settings: Any) -> Callable[[nn.Module, LoraConfig, Samples], nn.Module]:
-    """Another tuner of PEFT on the layers that LoRA would adapt."""
+def _make_tuner(kind: type[PeftConfig], **settings: Any) -> Callable[[nn.Module, LoraConfig, Samples], nn.Module]:
+    """Return a function that puts another tuner of PEFT on the layers that LoRA would adapt."""
 
     def adapt(model: nn.Module, config: LoraConfig, samples: Samples) -> nn.Module:
         shared = {name: getattr(config, name) for name in ("task_type", "target_modules", "modules_to_save")}
@@ -81,7 +81,7 @@ def _as(kind: type[PeftConfig], **settings: Any) -> Callable[[nn.Module, LoraCon
     return adapt
 
 
-def _adalora(model: nn.Module, config: LoraConfig, samples: Samples) -> nn.Module:
+def _add_adalora(model: nn.Module, config: LoraConfig, samples: Samples) -> nn.Module:
     """Begin at 1.5 r and let the budget fall to r between a tenth and seven tenths of the steps."""
     steps = samples.args.max_steps
     adalora = AdaLoraConfig(
@@ -116,39 +116,39 @@ def _regularise_in_training_only(tuner: nn.Module, config: AdaLoraConfig) -> Non
 
 
 METHODS = {
-    "full": Method("full fine-tuning, of fp32 weights", _full, rate_factor=0.1, correctable=False),
-    "lora": Method("LoRA, arXiv 2106.09685", _wrap),
-    "rslora": Method("rank-stabilised LoRA, arXiv 2312.03732", _wrap, lora={"use_rslora": True}),
+    "full": Method("full fine-tuning, of fp32 weights", _widen_base, rate_factor=0.1, correctable=False),
+    "lora": Method("LoRA, arXiv 2106.09685", _add_lora),
+    "rslora": Method("rank-stabilised LoRA, arXiv 2312.03732", _add_lora, lora={"use_rslora": True}),
     "lora_plus": Method(
         "LoRA+, arXiv 2402.12354: the rate of B is 16 times that of A",
-        _wrap,
+        _add_lora,
         settings={"loraplus_lr_ratio": 16.0},
         correctable=False,
     ),
-    "dora": Method("DoRA, arXiv 2402.09353", _wrap, lora={"use_dora": True}),
-    "adalora": Method("AdaLoRA, arXiv 2303.10512", _adalora, correctable=False, after_start=reallocate_ranks),
-    "pissa": Method("PiSSA, arXiv 2404.02948", _from("pissa")),
-    "olora": Method("OLoRA, arXiv 2406.01775", _from("olora")),
+    "dora": Method("DoRA, arXiv 2402.09353", _add_lora, lora={"use_dora": True}),
+    "adalora": Method("AdaLoRA, arXiv 2303.10512", _add_adalora, correctable=False, after_start=reallocate_ranks),
+    "pissa": Method("PiSSA, arXiv 2404.02948", _make_peft_start("pissa")),
+    "olora": Method("OLoRA, arXiv 2406.01775", _make_peft_start("olora")),
     "eva": Method("EVA, arXiv 2410.07170", start_by_eva),
-    "randlora": Method("RandLoRA, arXiv 2502.00987, PEFT's defaults", _as(RandLoraConfig), correctable=False),
-    "lokr": Method("LoKr (Kronecker factors), arXiv 2309.14859", _as(LoKrConfig), correctable=False),
+    "randlora": Method("RandLoRA, arXiv 2502.00987, PEFT's defaults", _make_tuner(RandLoraConfig), correctable=False),
+    "lokr": Method("LoKr (Kronecker factors), arXiv 2309.14859", _make_tuner(LoKrConfig), correctable=False),
     "asymmetric": Method(
         "asymmetric LoRA, arXiv 2402.16842: A orthogonal at random and frozen", freeze_orthogonal_A, correctable=False
     ),
     "peft_lora_ga": Method("LoRA-GA as PEFT computes it, on a changed base", start_by_peft_lora_ga),
     "random_orthogonal": Method(
         "LoRA-GA's anchored start with random orthonormal directions of the same lengths: size without direction",
-        _wrap,
+        _add_lora,
         init="lora_ga",
         after_start=turn_at_random,
     ),
     "lora_ga_free": Method(
         "LoRA-GA's start [A0; 0], [0, B0] as an ordinary LoRA of rank 2r: nothing tied, nothing frozen",
-        _wrap,
+        _add_lora,
         init="lora_ga",
         correctable=False,
         after_start=drop_ties,
     ),
-    "lora_ga": Method("LoRA-GA, arXiv 2407.05000, anchored", _wrap, init="lora_ga"),
-    "lora_one": Method("LoRA-One, arXiv 2502.01235", _wrap, init="lora_one"),
+    "lora_ga": Method("LoRA-GA, arXiv 2407.05000, anchored", _add_lora, init="lora_ga"),
+    "lora_one": Method("LoRA-One, arXiv 2502.01235", _add_lora, init="lora_one"),
 }

@@ -36,10 +36,10 @@ class Row:
 
     def steps_to(self, loss: float) -> list[float | None]:
         """Return after how many steps each seed had this eval loss, linear between evaluations; `None` for never."""
-        return [_first_step_at(result.evals, loss) for result in self.results]
+        return [_find_step_at(result.evals, loss) for result in self.results]
 
 
-def _first_step_at(evals: Sequence[dict[str, float]], loss: float) -> float | None:
+def _find_step_at(evals: Sequence[dict[str, float]], loss: float) -> float | None:
     before: dict[str, float] | None = None
     for point in evals:
         if point["eval_loss"] <= loss:
@@ -81,10 +81,10 @@ def to_table(rows: Sequence[Row], metric: str, reference: float | None) -> str:
             f"{row.verdict.best:g}" + ("" if row.verdict.winner else " (no winner)"),
             mean_and_spread(row.at(1, metric), 3),
             *(mean_and_spread(row.at(share, "eval_loss"), 3) for share in (0.25, 0.5, 1)),
-            _steps(row.steps_to(reference)) if reference is not None else "-",
-            _median([result.step_seconds for result in ours], 3),
-            _median([result.start_seconds for result in ours], 1),
-            _median([result.peak_bytes and result.peak_bytes / 2**30 for result in ours], 2),
+            _show_steps(row.steps_to(reference)) if reference is not None else "-",
+            _show_median([result.step_seconds for result in ours], 3),
+            _show_median([result.start_seconds for result in ours], 1),
+            _show_median([result.peak_bytes and result.peak_bytes / 2**30 for result in ours], 2),
             f"{ours[0].trained:,}",
             f"{ours[0].stored:,}",
         ]
@@ -93,14 +93,14 @@ def to_table(rows: Sequence[Row], metric: str, reference: float | None) -> str:
     return "\n".join([*lines, *([""] if notes else []), *notes])
 
 
-def _steps(reached: Sequence[float | None]) -> str:
+def _show_steps(reached: Sequence[float | None]) -> str:
     there = [steps for steps in reached if steps is not None]
     if len(there) == len(reached):
         return mean_and_spread(there, 0)
     return f"{len(there)} of {len(reached)} seeds get there" if there else "never"
 
 
-def _median(values: Sequence[float | None], digits: int) -> str:
+def _show_median(values: Sequence[float | None], digits: int) -> str:
     known = [value for value in values if value is not None]
     return f"{statistics.median(known):.{digits}f}" if known else "-"
 
@@ -148,17 +148,19 @@ def to_json(rows: Sequence[Row], metric: str, settings: dict[str, Any]) -> dict[
                 "best_rate": row.verdict.best,
                 "winner": row.verdict.winner is not None,
                 "reason": row.verdict.reason,
-                "swept": {f"{rate:g}": _plain(score) for rate, score in row.swept.items()},
-                "runs": [{**r.to_dict(), "evals": [_plain_values(point) for point in r.evals]} for r in row.results],
+                "swept": {f"{rate:g}": _make_json_value(score) for rate, score in row.swept.items()},
+                "runs": [
+                    {**r.to_dict(), "evals": [_make_json_values(point) for point in r.evals]} for r in row.results
+                ],
             }
             for row in rows
         ],
     }
 
 
-def _plain_values(point: dict[str, float]) -> dict[str, float | str]:
-    return {name: _plain(value) for name, value in point.items()}
+def _make_json_values(point: dict[str, float]) -> dict[str, float | str]:
+    return {name: _make_json_value(value) for name, value in point.items()}
 
 
-def _plain(score: float) -> float | str:
+def _make_json_value(score: float) -> float | str:
     return score if math.isfinite(score) else repr(score)

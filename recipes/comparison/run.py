@@ -21,8 +21,7 @@ from comparison.arms import Arm
 from comparison.environment import environment
 from comparison.memory import PeakMemory
 from comparison.starts import Samples
-from lora_ga_trainer.adapters.storage import anchored_parameter_names
-from lora_ga_trainer.saving.intact import newest_complete_checkpoint
+from lora_ga_trainer import anchored_parameter_names, newest_complete_checkpoint
 
 
 # What the Trainer says about its own speed, which is measured here without evaluations.
@@ -120,7 +119,7 @@ def run_arm(task: Task, arm: Arm, rate: float, seed: int, points: int, steps: in
     """
     name = "trial" if steps is not None else f"rate{rate:g}_seed{seed}"  # the first run's own may hold checkpoints
     folder = task.folder / "runs" / arm.slug / name
-    args = _arguments(task.args, folder, rate, seed, points, steps)
+    args = _make_arguments(task.args, folder, rate, seed, points, steps)
     peak, watch, begin = PeakMemory(), _Stopwatch(), time.perf_counter()
     trainer = build_trainer(task, arm, args)
     trainer.add_callback(watch)
@@ -154,14 +153,14 @@ def build_trainer(task: Task, arm: Arm, args: Seq2SeqTrainingArguments) -> Train
     set_seed(args.seed)
     samples = Samples(task.data.train, task.collate, args, arm.config.num_samples)
     model = arm.how.make(task.load_model(), arm.lora, task.name, samples)
-    trainer = task.make_trainer(model, args, replace(arm.config, probe_file=_probe_file(task, arm, args.seed)))
+    trainer = task.make_trainer(model, args, replace(arm.config, probe_file=_name_probe_file(task, arm, args.seed)))
     if arm.how.after_start is not None:
         arm.how.after_start(trainer)
     trainer.remove_callback(PrinterCallback)  # one line a run is enough: the comparison's own
     return trainer
 
 
-def _arguments(
+def _make_arguments(
     shared: Seq2SeqTrainingArguments, folder: Path, rate: float, seed: int, points: int, steps: int | None
 ) -> Seq2SeqTrainingArguments:
     """Return the arguments of one run; where checkpoints are wanted they are made at the evaluations."""
@@ -186,7 +185,7 @@ def _is_reported(name: str) -> bool:
     return name == "step" or (name.startswith("eval_") and not name.endswith(_SPEED))
 
 
-def _probe_file(task: Task, arm: Arm, seed: int) -> str | None:
+def _name_probe_file(task: Task, arm: Arm, seed: int) -> str | None:
     """
     Name the probe that all rates of an arm, and all arms that ask for the same one, share.
 

@@ -37,7 +37,7 @@ class Comparison:
             for arm in arms
         }
         self.is_main = task.args.process_index == 0
-        self.results = _shared(store.load() if self.is_main else None)
+        self.results = _share_value(store.load() if self.is_main else None)
 
     def score(self, result: Result) -> float:
         """Return what decides between rates: less is better."""
@@ -60,7 +60,7 @@ class Comparison:
 
     def run(self, arm: Arm, rate: float, seed: int, points: int, steps: int | None = None) -> Result:
         """Make one run; every process gets the result of the first one, so that all decide alike."""
-        return _shared(run_arm(self.task, arm, rate, seed, points, steps))
+        return _share_value(run_arm(self.task, arm, rate, seed, points, steps))
 
     def finish(self) -> list[Row]:
         """Make every run that is left and return one row an arm."""
@@ -74,9 +74,9 @@ class Comparison:
                     self.store.add(arm.slug, result)
                 self.results.append(result)
                 bar.update()
-        return [self._row(arm) for arm in self.arms]
+        return [self._make_row(arm) for arm in self.arms]
 
-    def _row(self, arm: Arm) -> Row:
+    def _make_row(self, arm: Arm) -> Row:
         verdict, first = self.verdict(arm), self.compare.seeds[0]
         swept = {rate: score for (rate, seed), score in self.scores(arm).items() if seed == first}
         seeds = self.compare.seeds  # the folder may hold more, of a run that was asked for more
@@ -84,7 +84,7 @@ class Comparison:
         return Row(arm.name, verdict, swept, sorted(at_best, key=lambda r: r.seed))
 
 
-def _shared(value: Any) -> Any:
+def _share_value(value: Any) -> Any:
     """Return the value of the first process on every one."""
     held = [value]
     broadcast_object_list(held)

@@ -14,9 +14,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from lora_ga_trainer.adapters.anchor import start_values
-from lora_ga_trainer.adapters.find import find_adapted_layers
-from lora_ga_trainer.engines.parameters import write_parameters
+from lora_ga_trainer import find_adapted_layers, write_start
 
 
 @dataclass(frozen=True)
@@ -72,14 +70,14 @@ def start_by_eva(model: nn.Module, config: LoraConfig, samples: Samples) -> nn.M
     initialize_lora_eva_weights(
         adapted,
         batches,
-        prepare_layer_inputs_fn=_inputs_that_count,
+        prepare_layer_inputs_fn=_select_unmasked_inputs,
         gather_distributed_inputs=False,  # they are the same on every process
         show_progress_bar=False,
     )
     return adapted
 
 
-def _inputs_that_count(
+def _select_unmasked_inputs(
     layer_input: torch.Tensor | tuple[torch.Tensor, ...], places: torch.Tensor, name: str
 ) -> torch.Tensor:
     """Return the inputs of a layer at the `places (N, 2)` that are not masked; all of them where a row has but one."""
@@ -137,12 +135,12 @@ class _RandomDirections(TrainerCallback):
         generator = torch.Generator().manual_seed(args.seed)
         layers = find_adapted_layers(self.trainer.accelerator.unwrap_model(self.trainer.model))
         for layer, report in zip(layers, self.trainer.lora_ga_report.layers, strict=True):
-            if report.action.is_plain:
+            if report.scale == 0.0:  # it began as plain LoRA: no gradient, no directions
                 continue
             (out_features, in_features), r = layer.shape, report.rank
             B0 = nn.init.orthogonal_(torch.empty(out_features, r), report.scale, generator)
             A0 = nn.init.orthogonal_(torch.empty(r, in_features), report.scale, generator)
-            write_parameters(self.trainer, start_values(layer, B0, A0))
+            write_start(self.trainer, layer, B0, A0)
 
 
 class _DropTies(TrainerCallback):
@@ -151,10 +149,10 @@ class _DropTies(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, model: nn.Module, **kwargs: Any):
         for layer in find_adapted_layers(model):
             for factors in (layer.module.lora_A, layer.module.lora_B):
-                factors[layer.adapter] = _plain_linear(factors[layer.adapter])
+                factors[layer.adapter] = _make_plain_linear(factors[layer.adapter])
 
 
-def _plain_linear(anchored: nn.Linear) -> nn.Linear:
+def _make_plain_linear(anchored: nn.Linear) -> nn.Linear:
     linear = nn.Linear(anchored.in_features, anchored.out_features, anchored.bias is not None, device="meta")
     linear.weight, linear.bias = anchored.weight, anchored.bias
     return linear

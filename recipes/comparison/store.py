@@ -7,8 +7,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from finetuning.json_reading import read_json, shorten
+
 from comparison.run import Result
-from lora_ga_trainer.saving.json_file import is_number, read_json, short
 
 
 class Store:
@@ -51,8 +52,8 @@ class Store:
         for name in sorted(found.keys() | self.settings.keys()):
             if found.get(name) != self.settings.get(name):
                 raise ValueError(
-                    f"{self._path}: the comparison there was made with {name}={short(found.get(name))}, this one "
-                    f"has {short(self.settings.get(name))}. Name another --output_dir, or delete that folder."
+                    f"{self._path}: the comparison there was made with {name}={shorten(found.get(name))}, this one "
+                    f"has {shorten(self.settings.get(name))}. Name another --output_dir, or delete that folder."
                 )
 
 
@@ -64,7 +65,7 @@ def write_whole(path: Path, content: Any) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    content = read_json(path, "JSON of this comparison", "Delete it to have it made again.", constants=True)
+    content = read_json(path, "JSON of this comparison", "Delete it to have it made again.")
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no JSON object. Delete it to have it made again.")
     return content
@@ -77,23 +78,28 @@ def _read_result(path: Path) -> Result:
     for name, value in content.items():
         if not _KINDS[name](value):
             raise ValueError(
-                f"{path} is not a result: {name}={short(value)}. Delete it to run that arm, rate and seed again."
+                f"{path} is not a result: {name}={shorten(value)}. Delete it to run that arm, rate and seed again."
             )
     return Result(**content)
 
 
+def _is_number(value: Any) -> bool:
+    """Tell whether `value` is a number that also fits a float; `True` and `False` are not numbers."""
+    return type(value) is float or (type(value) is int and abs(value) < 2**63)
+
+
 def _is_count(value: Any) -> bool:
-    return is_number(value) and type(value) is int and value >= 0
+    return type(value) is int and _is_number(value) and value >= 0
 
 
 def _is_time(value: Any) -> bool:
-    return is_number(value) and 0 <= value < math.inf
+    return _is_number(value) and 0 <= value < math.inf
 
 
 def _are_evals(value: Any) -> bool:
     """Metrics may be `NaN` or infinite: a run that diverged is a result."""
     return isinstance(value, list) and all(
-        isinstance(point, dict) and "step" in point and all(map(is_number, point.values())) for point in value
+        isinstance(point, dict) and "step" in point and all(map(_is_number, point.values())) for point in value
     )
 
 

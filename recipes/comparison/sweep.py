@@ -70,7 +70,7 @@ def judge(sweep: Sweep, scores: Mapping[Run, float]) -> Verdict:
         todo = tuple((rate, first) for rate in rates if (rate, first) not in scores)
         if todo:
             return Verdict(todo)
-        on_first = [_worst_if_failed(scores[rate, first]) for rate in rates]
+        on_first = [_rank_failed_last(scores[rate, first]) for rate in rates]
         best = min(range(len(rates)), key=on_first.__getitem__)
         if on_first[best] == math.inf:
             return Verdict((), None, f"every rate from {rates[0]:g} to {rates[-1]:g} ended without a finite score")
@@ -88,13 +88,13 @@ def judge(sweep: Sweep, scores: Mapping[Run, float]) -> Verdict:
 def extend(rates: Sequence[float], low: bool) -> list[float]:
     """Return ascending rates with one more at one end, in the ratio of the two there and rounded to two digits."""
     if low:
-        return [_two_digits(rates[0] ** 2 / rates[1]), *rates]
-    return [*rates, _two_digits(rates[-1] ** 2 / rates[-2])]
+        return [_round_to_two_digits(rates[0] ** 2 / rates[1]), *rates]
+    return [*rates, _round_to_two_digits(rates[-1] ** 2 / rates[-2])]
 
 
-def _two_digits(rate: float) -> float:
+def _round_to_two_digits(rate: float) -> float:
     return float(f"{rate:.1e}")
 
 
-def _worst_if_failed(score: float) -> float:
+def _rank_failed_last(score: float) -> float:
     return score if math.isfinite(score) else math.inf

@@ -47,7 +47,7 @@ def load_rows(args: SourceArguments) -> tuple[Dataset, Dataset | None]:
 
 def read_rows(args: DataArguments, task: str) -> tuple[Dataset, Dataset | None]:
     """Return the rows to train on and those given as held out (`None` without any)."""
-    used = _used_columns(args, task)
+    used = _list_columns(args, task)
     train = _read(args, args.train_file, args.train_split, used)
     if args.drop_duplicates:
         more = [] if task == CLASSIFICATION else [n for n in template_columns(args) if n in train.column_names]
@@ -65,8 +65,8 @@ def read_held_out(args: DataArguments, task: str) -> Dataset:
         `ValueError`: if it holds out none.
     """
     if args.eval_file is not None or args.eval_split is not None:
-        held_out = _read(args, args.eval_file, args.eval_split, _used_columns(args, task))
-        return _at_most(held_out, args.max_eval_samples, args.split_seed)
+        held_out = _read(args, args.eval_file, args.eval_split, _list_columns(args, task))
+        return _choose_rows(held_out, args.max_eval_samples, args.split_seed)
     held_out = split_rows(*read_rows(args, task), args)[1]
     if held_out is None:
         raise ValueError("no rows are held out: eval_fraction=0 and no eval_file or eval_split. Give one of them.")
@@ -88,8 +88,8 @@ def split_rows(train: Dataset, held_out: Dataset | None, args: SourceArguments) 
 def limit_rows(train: Dataset, held_out: Dataset | None, args: DataArguments) -> tuple[Dataset, Dataset | None]:
     """Cut both parts to `max_train_samples` and `max_eval_samples`, which rows stay depends on `split_seed`."""
     if held_out is not None:
-        held_out = _at_most(held_out, args.max_eval_samples, args.split_seed)
-    return _at_most(train, args.max_train_samples, args.split_seed), held_out
+        held_out = _choose_rows(held_out, args.max_eval_samples, args.split_seed)
+    return _choose_rows(train, args.max_train_samples, args.split_seed), held_out
 
 
 def drop_duplicates(rows: Dataset, columns: list[str]) -> Dataset:
@@ -110,7 +110,7 @@ def find_class_names(rows: Dataset, label_field: str) -> list[str]:
     return sorted(names)
 
 
-def _used_columns(args: DataArguments, task: str) -> list[str]:
+def _list_columns(args: DataArguments, task: str) -> list[str]:
     if task == CLASSIFICATION:
         return [name for name in (args.text_field, args.text_pair_field, args.label_field) if name is not None]
     return [args.prompt_field, args.completion_field]
@@ -138,7 +138,7 @@ def _read(args: DataArguments, file: str | None, split: str | None, used: list[s
     return filter_rows(rows, args, file or args.dataset_name)
 
 
-def _at_most(rows: Dataset, limit: int | None, seed: int) -> Dataset:
+def _choose_rows(rows: Dataset, limit: int | None, seed: int) -> Dataset:
     if limit is None or limit >= len(rows):
         return rows
     return rows.shuffle(seed=seed).select(range(limit))

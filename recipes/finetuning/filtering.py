@@ -18,17 +18,17 @@ def filter_rows(rows: Dataset, args: DataArguments, place: str) -> Dataset:
     Raises:
         `ValueError`: if a column is missing, or no row is left; `place` says where the rows came from.
     """
-    keep, drop = _expressions(args.keep_matching), _expressions(args.drop_matching)
+    keep, drop = _compile_pairs(args.keep_matching), _compile_pairs(args.drop_matching)
     for column, _ in keep + drop:
         if column not in rows.column_names:
             raise ValueError(f"{place}: no column {column!r} to match; it has {', '.join(rows.column_names)}.")
     if not keep + drop:
         return rows
 
-    def wanted(row: Row) -> bool:
-        return all(_found(row, pair) for pair in keep) and not any(_found(row, pair) for pair in drop)
+    def is_kept(row: Row) -> bool:
+        return all(_matches(row, pair) for pair in keep) and not any(_matches(row, pair) for pair in drop)
 
-    left = rows.filter(wanted, desc="choosing rows")
+    left = rows.filter(is_kept, desc="choosing rows")
     if len(left) == 0:
         raise ValueError(
             f"{place}: none of {len(rows)} rows is left by keep_matching={args.keep_matching} and "
@@ -67,11 +67,11 @@ def word_for_value(label_words: list[str]) -> dict[str, str]:
     return dict(pair.split("=", 1) for pair in label_words)
 
 
-def _expressions(pairs: list[str] | None) -> list[tuple[str, re.Pattern[str]]]:
+def _compile_pairs(pairs: list[str] | None) -> list[tuple[str, re.Pattern[str]]]:
     split = [pair.split("=", 1) for pair in pairs or []]
     return [(column, re.compile(expression)) for column, expression in split]
 
 
-def _found(row: Row, pair: tuple[str, re.Pattern[str]]) -> bool:
+def _matches(row: Row, pair: tuple[str, re.Pattern[str]]) -> bool:
     column, expression = pair
     return row[column] is not None and expression.search(str(row[column])) is not None

@@ -31,7 +31,7 @@ TASK_TYPES = {
 
 def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
     """Load the model's tokenizer; one without a padding token pads with its end token, which the loss leaves out."""
-    name, options = _source(args)
+    name, options = _locate_checkpoint(args)
     tokenizer = AutoTokenizer.from_pretrained(name, **options)
     if args.task == "causal-lm" and tokenizer.eos_token is None:
         raise ValueError(f"{name}: its tokenizer has no end token, so no completion can end. Set eos_token in it.")
@@ -54,9 +54,9 @@ def load_model(
     Returns:
         `PreTrainedModel`: on the CPU; the trainer moves it. A GGUF file comes out dequantised.
     """
-    name, options = _source(args)
+    name, options = _locate_checkpoint(args)
     if "gguf_file" in options:
-        options.update(_dequantised())
+        options.update(_ask_for_plain_weights())
     if class_names is not None:
         options["id2label"] = dict(enumerate(class_names))
         options["label2id"] = {label: number for number, label in enumerate(class_names)}
@@ -90,7 +90,7 @@ def make_lora_config(args: LoraArguments, task: str) -> LoraConfig:
     )
 
 
-def _source(args: ModelArguments) -> tuple[str, dict[str, Any]]:
+def _locate_checkpoint(args: ModelArguments) -> tuple[str, dict[str, Any]]:
     name, gguf_file = resolve_reference(args.model_name_or_path), args.gguf_file
     if name.endswith(".gguf"):
         name, gguf_file = str(Path(name).parent), Path(name).name
@@ -100,7 +100,7 @@ def _source(args: ModelArguments) -> tuple[str, dict[str, Any]]:
     return name, options
 
 
-def _dequantised() -> dict[str, Any]:
+def _ask_for_plain_weights() -> dict[str, Any]:
     try:
         from transformers import GgufConfig
     except ImportError:  # transformers 5.0 has no such class and always unpacks

@@ -9,7 +9,7 @@ from typing import Any
 import pandas
 from datasets import ClassLabel, Dataset, load_dataset
 
-from lora_ga_trainer.saving.json_file import short
+from finetuning.json_reading import shorten
 
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
@@ -50,7 +50,7 @@ def read_local(path: str, column_names: list[str] | None = None) -> Dataset:
             return load_dataset("json", data_files=path, split="train")
         return _read_table(place, column_names, UNQUOTED_TABS if suffix == ".tsv" else {})
     except Exception as error:  # of Arrow, datasets, gzip or pandas; an empty file is a StopIteration
-        cause = short(str(error.__cause__ or error))
+        cause = shorten(str(error.__cause__ or error))
         raise ValueError(f"{path} can't be read as {suffix}: {cause}. Mend the file.") from error
 
 
@@ -73,7 +73,7 @@ def _require_rows(file: Path) -> None:
                 if depth + change > _MAX_DEPTH:
                     raise ValueError(f"line {number} is nested deeper than {_MAX_DEPTH}")
                 if depth + change < 0 or depth == change == 0:
-                    raise ValueError(f"line {number}: {short(token[0])} is not a row, rows are objects")
+                    raise ValueError(f"line {number}: {shorten(token[0])} is not a row, rows are objects")
                 depth += change
 
 

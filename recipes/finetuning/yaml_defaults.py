@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from lora_ga_trainer.saving.json_file import short
+from finetuning.json_reading import shorten
 
 
 _MAX_BYTES = 1 << 18
@@ -38,9 +38,9 @@ def replace_defaults(parser: ArgumentParser, path: str, passed_over: Collection[
         if key in passed_over and key not in ("config", "help"):
             continue
         if key not in actions or key in ("config", "help"):
-            raise ValueError(f"{path}: {short(key)} is not an argument.{nearest_argument(str(key), parser)}")
+            raise ValueError(f"{path}: {shorten(key)} is not an argument.{nearest_argument(str(key), parser)}")
         action = actions[key]
-        parser.set_defaults(**{key: _checked(value, action, f"{path}: {key}")})
+        parser.set_defaults(**{key: _convert_value(value, action, f"{path}: {key}")})
         action.required = False
 
 
@@ -107,22 +107,22 @@ def _refuse_duplicates(node: yaml.Node) -> None:
         if not isinstance(key, yaml.ScalarNode):
             raise ValueError(f"the key on line {line} is not a word")
         if key.value in lines:
-            raise ValueError(f"{short(key.value)} stands on line {lines[key.value]} and on line {line}, keep one")
+            raise ValueError(f"{shorten(key.value)} stands on line {lines[key.value]} and on line {line}, keep one")
         lines[key.value] = line
         _refuse_duplicates(value)
 
 
-def _checked(value: Any, action: Action, place: str) -> Any:
+def _convert_value(value: Any, action: Action, place: str) -> Any:
     if value is None and action.default is None:
         return None
     if action.nargs == "+":
-        return [_checked_one(item, action, place) for item in (value if isinstance(value, list) else [value])]
-    return _checked_one(value, action, place)
+        return [_convert_word(item, action, place) for item in (value if isinstance(value, list) else [value])]
+    return _convert_word(value, action, place)
 
 
-def _checked_one(value: Any, action: Action, place: str) -> Any:
+def _convert_word(value: Any, action: Action, place: str) -> Any:
     if value is None or isinstance(value, list):
-        raise ValueError(f"{place}={short(value)}: one value is needed here.")
+        raise ValueError(f"{place}={shorten(value)}: one value is needed here.")
     if isinstance(value, bool) and (action.choices or action.type in (None, str)):
         raise ValueError(
             f"{place}={value!r}: YAML reads a bare yes, no, on or off as true or false. Put the word in quotes."
@@ -132,8 +132,8 @@ def _checked_one(value: Any, action: Action, place: str) -> Any:
         converted = action.type(word) if action.type else word
     except (ValueError, TypeError, ArgumentTypeError) as error:
         kind = getattr(action.type, "__name__", "value")
-        raise ValueError(f"{place}={short(value)} does not read as {kind}: {short(str(error))}.") from error
+        raise ValueError(f"{place}={shorten(value)} does not read as {kind}: {shorten(str(error))}.") from error
     if action.choices and converted not in action.choices:
         choices = ", ".join(map(str, action.choices))
-        raise ValueError(f"{place}={short(value)} is not allowed. Choose one of {choices}.")
+        raise ValueError(f"{place}={shorten(value)} is not allowed. Choose one of {choices}.")
     return converted

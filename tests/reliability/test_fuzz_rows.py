@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes"))  # as `python recipes/finetune.py` does
 
 from answering.answers import read_records
-from answering.generation import _adapter_config
+from answering.generation import _read_adapter_config
 from comparison.store import Store
 from evaluate_glue import saved_class_names
 from finetuning import models
@@ -135,7 +135,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "settings.json": lambda path: Store(path.parent, {}),
     "results/lora/rate1_seed0.json": lambda path: Store(path.parents[2], {}).load(),
     "class_names.json": lambda path: saved_class_names(str(path.parent)),
-    "adapter_config.json": lambda path: _adapter_config(str(path.parent)),
+    "adapter_config.json": lambda path: _read_adapter_config(str(path.parent)),
     "answers.jsonl": read_records,
     "run.yaml": lambda path: replace_defaults(models_parser(), str(path)),
     "rows.json": lambda path: read_local(str(path)),
