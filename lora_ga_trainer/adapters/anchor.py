@@ -85,12 +85,12 @@ def _halve_layer(layer: AdaptedLayer, shrink_alpha: float) -> None:
 @torch.no_grad()
 def _expand_layer(layer: AdaptedLayer, grow_alpha: float) -> None:
     A, B = split_A(layer.stored_A, layer.experts), layer.stored_B
-    wide_A = join_A(torch.cat([A, torch.zeros_like(A)], dim=1))
-    wide_B = torch.cat([torch.zeros_like(B)] * 2, dim=1)
+    stored_A = join_A(torch.cat([A, torch.zeros_like(A)], dim=1))
+    stored_B = torch.cat([torch.zeros_like(B)] * 2, dim=1)
     _anchor(
         layer,
-        nn.Parameter(wide_A, requires_grad=layer.stored_A.requires_grad),
-        nn.Parameter(wide_B, requires_grad=layer.stored_B.requires_grad),
+        nn.Parameter(stored_A, requires_grad=layer.stored_A.requires_grad),
+        nn.Parameter(stored_B, requires_grad=layer.stored_B.requires_grad),
     )
     _rescale_layer(layer, 2 * layer.stored_rank, grow_alpha)
 

@@ -11,7 +11,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..engines.devices import wide
+from ..engines.devices import to_fp64
 from ..engines.parameters import plain_name
 from .layer import AdaptedExperts, AdaptedLayer, variant_of
 from .storage import split_A, split_B
@@ -136,8 +136,8 @@ def is_trained(layer: AdaptedLayer) -> bool:
     """Tell whether the layer's adapter already moves the output: `B A != 0`, not merely `B != 0`."""
     if layer.lora_B.bias is not None and layer.lora_B.bias.any():
         return True
-    A = split_A(wide(layer.stored_A), layer.experts)  # (E, r, in)
-    B = split_B(wide(layer.stored_B), layer.experts)  # (E, out, r)
+    A = split_A(to_fp64(layer.stored_A), layer.experts)  # (E, r, in)
+    B = split_B(to_fp64(layer.stored_B), layer.experts)  # (E, out, r)
     # A random vector in the null space of a nonzero B A has probability zero, and B (A v) needs no (out, in) buffer.
     v = torch.randn(A.shape[-1], 1, generator=torch.Generator().manual_seed(0), dtype=A.dtype).to(A.device)
     return bool((B @ (A @ v)).any())

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     pass
 
 
-def narrow(tensor: Tensor) -> Tensor:
+def to_fp32(tensor: Tensor) -> Tensor:
     """Return `tensor` in fp32, on the CPU where the device has no factorisations."""
     return tensor.float().cpu() if tensor.device.type == "mps" else tensor.float()
 
 
-def wide(tensor: Tensor) -> Tensor:
+def to_fp64(tensor: Tensor) -> Tensor:
     """Return `tensor` in fp64, on the CPU where the device has none."""
     return tensor.cpu().double() if tensor.device.type == "mps" else tensor.double()
 

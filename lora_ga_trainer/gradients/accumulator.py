@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engines.devices import narrow
+from ..engines.devices import to_fp32
 from ..maths.recovery import TopSVD, top_svd
 
 
@@ -98,7 +98,7 @@ class ExactGradient(Accumulator):
 
     @staticmethod
     def svds(some: Sequence[ExactGradient], k: int) -> list[TopSVD]:
-        G = stack([narrow(exact.G) for exact in some])
+        G = stack([to_fp32(exact.G) for exact in some])
         # Columns beyond k let subspace iteration converge in few rounds, also where singular values lie close.
         return top_svd(G, k, gaussian(G.shape[-1], min(6 * k, *G.shape[-2:]), 0, G.device))
 
@@ -144,4 +144,4 @@ def add_product(
 
 def stack(tensors: Sequence[Tensor]) -> Tensor:  # (n, ...)
     """Stack tensors of one shape; a single one is not copied."""
-    return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..adapters.layer import AdaptedLayer
+from ..adapters.layer import AdaptedExperts, AdaptedLayer
 from ..config import LoRAGAConfig
 from ..engines.collectives import gather_integers, share_from_owners, sum_over_processes
 from .accumulator import DTYPES, Accumulator
@@ -67,7 +67,7 @@ class Collector:
     def taps(self) -> Iterator[None]:
         """Collect from every backward pass while the context is open."""
         linear = [layer for layer in self.layers if layer.has_inputs]
-        bare = [layer for layer in self.layers if not layer.has_inputs]
+        bare = [layer for layer in self.layers if isinstance(layer, AdaptedExperts)]
         modules = {layer.name: layer.base for layer in linear}
         parameters = [(layer.base, layer.parameter_name) for layer in bare]
         with (
@@ -84,7 +84,7 @@ class Collector:
             accumulator.move_to(dy.device)
             accumulator.add(x, dy, self.weight / self.loss_scale)
 
-    def _collect_dense(self, layer: AdaptedLayer, dW: Tensor) -> None:
+    def _collect_dense(self, layer: AdaptedExperts, dW: Tensor) -> None:
         """Fold the gradient of all experts of a layer into their accumulators; the caller frees it."""
         self._meet(layer)
         if self.weight > 0:
@@ -116,8 +116,8 @@ class Collector:
             return
         # A NaN or an infinity anywhere makes the sum of an accumulator non-finite. One small number a layer is moved
         # to the CPU, in a single transfer, instead of a look at every tensor.
-        total = lambda layer: sum(part.sum() for accumulator in self._of(layer) for part in accumulator.sums())
-        checks = torch.stack([total(layer).cpu() for layer in self._met.values()])
+        parts = lambda layer: [part.sum() for accumulator in self._of(layer) for part in accumulator.sums()]
+        checks = torch.stack([torch.stack(parts(layer)).sum().cpu() for layer in self._met.values()])
         bad = [name for name, check in zip(self._met, checks.tolist(), strict=True) if not math.isfinite(check)]
         if bad:
             more = f" (the backward pass carried it to {len(bad) - 1} more layers)" if len(bad) > 1 else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..engines.devices import wide
+from ..engines.devices import to_fp64
 from ..maths.recovery import HELD_OUT
 from .accumulator import DTYPES, Accumulator, ExactGradient
 from .sketch import SketchedGradient
@@ -25,7 +25,7 @@ def require_state_shapes(state: dict[str, tuple[int, ...]], shape: tuple[int, in
     """
     out_features, in_features = shape
     if set(state) == {"G"}:
-        expected = {"G": (out_features, in_features)}
+        expected: dict[str, tuple[int, ...]] = {"G": (out_features, in_features)}
     elif set(state) == {"Omega", "Psi", "S", "Y", "Z"}:
         (k,) = state["S"] if len(state["S"]) == 1 else (0,)
         if not 0 < k <= min(shape):
@@ -59,7 +59,7 @@ def restore_accumulator(state: dict[str, Tensor], shape: tuple[int, int]) -> Acc
         return exact
     k = state["S"].shape[0]
     for name in ("Omega", "Psi"):
-        gram = wide(state[name][:, :k]).T @ wide(state[name][:, :k])
+        gram = to_fp64(state[name][:, :k]).T @ to_fp64(state[name][:, :k])
         if not torch.linalg.eigvalsh(gram / gram.trace().clamp(min=1e-200))[0] > _LEAST_GRAM / k:
             raise KeyError(f"the columns of {name} depend on each other")
     sketch = SketchedGradient.__new__(SketchedGradient)

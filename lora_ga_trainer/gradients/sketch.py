@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 
 from ..config import LoRAGAConfig
-from ..engines.devices import narrow, wide
+from ..engines.devices import to_fp32, to_fp64
 from ..maths.recovery import HELD_OUT, TopSVD, merge, recover
 from .accumulator import Accumulator, ExactGradient, add_product, cast, gaussian, stack, to_one_dtype
 
@@ -144,7 +144,7 @@ class SketchedGradient(Accumulator):
     @staticmethod
     def svds(some: Sequence[SketchedGradient], k: int) -> list[TopSVD]:
         states = zip(*(sketch.state().values() for sketch in some), strict=True)
-        T, L, S, Y, Z = (stack([wide(tensor) for tensor in part]) for part in states)
+        T, L, S, Y, Z = (stack([to_fp64(tensor) for tensor in part]) for part in states)
         return recover(T, L, S, Y, Z, k)
 
 
@@ -204,8 +204,8 @@ def turn(sketches: Sequence[SketchedGradient]) -> None:
         # A process that had no sample for a layer gets its dtype from the others and has not rounded the matrices yet.
         for sketch in some:
             sketch.compute_in(sketch.dtype)
-        Omega, Psi, S = (stack([narrow(sketch.known()[i]) for sketch in some]) for i in range(3))
-        Y, Z = (stack([narrow(sketch.since_last_turn()[i]) for sketch in some]) for i in range(2))
+        Omega, Psi, S = (stack([to_fp32(sketch.known()[i]) for sketch in some]) for i in range(3))
+        Y, Z = (stack([to_fp32(sketch.since_last_turn()[i]) for sketch in some]) for i in range(2))
         for sketch, *triplets in zip(some, *merge(Omega, Psi, S, Y, Z), strict=True):
             sketch.start_anew(*triplets)
 

@@ -113,7 +113,7 @@ class LoRAProAdamW(Optimizer):
         saved_groups = [group["params"] for group in state_dict["param_groups"]]
         own = [parameter for group in self.param_groups for parameter in group["params"]]
         saved = dict(zip(map(id, own), (key for group in saved_groups for key in group), strict=False))
-        moments: dict[nn.Parameter, dict[str, Tensor]] = {}
+        moments: dict[Tensor, dict[str, Tensor]] = {}
         for pair in self.pairs:
             state = state_dict["state"].get(saved.get(id(pair.lora_A.weight)), {})
             for key in _MOMENTS:
@@ -126,7 +126,7 @@ class LoRAProAdamW(Optimizer):
             for key, value in state.items():
                 self.state[parameter][key] = value.detach().to(**self._place(parameter), copy=True)
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step. A `closure` is called once, before anything else."""
         loss = None
         if closure is not None:
@@ -152,8 +152,8 @@ class LoRAProAdamW(Optimizer):
         for batch, steps_A, steps_B in each_corrected(
             batches, lambda b, eigen: self._step_of(b, eigen, groups[id(b)])
         ):
-            torch._foreach_sub_(batch.weights_A, list(steps_A))
-            torch._foreach_sub_(batch.weights_B, list(steps_B))
+            torch._foreach_sub_(tuple(batch.weights_A), tuple(steps_A))
+            torch._foreach_sub_(tuple(batch.weights_B), tuple(steps_B))
 
     def _step_of(
         self, batch: PairBatch, eigen: GramEigen, group: dict[str, Any]
@@ -172,7 +172,7 @@ class LoRAProAdamW(Optimizer):
             for beta in (beta1, beta2)
         )
         first, second = (self._stacked(batch, key) for key in _MOMENTS)
-        shard = row_shard(batch.pairs[0].base.weight)
+        shard = row_shard(batch.pairs[0].weight)
         G = equivalent_gradient(batch, eigen, None if shard is None else shard.mine)
         # m <- beta1 m + (1 - beta1) G~, v <- beta2 v + (1 - beta2) G~^2
         m = first.to(G.device, G.dtype, non_blocking=True).lerp_(G, 1 - beta1)
@@ -193,7 +193,7 @@ class LoRAProAdamW(Optimizer):
         torch._foreach_add_(counts, 1.0)
         return [count.item() for count in counts]
 
-    def _place(self, parameter: nn.Parameter) -> dict[str, Any]:
+    def _place(self, parameter: Tensor) -> dict[str, Any]:
         """Return dtype and device of a pair's moments; fp64 factors keep theirs in fp64 where fp32 is asked for."""
         keep = parameter.dtype == torch.float64 and self.state_dtype == torch.float32
         return {
@@ -236,10 +236,12 @@ class LoRAProAdamW(Optimizer):
                 if not self.state[p]:
                     self.state[p].update(step=torch.tensor(0.0), **{key: torch.zeros_like(p) for key in _MOMENTS})
             beta1, beta2 = group["betas"]
+            first, second = ([self.state[p][key] for p in others] for key in _MOMENTS)
             adamw(
                 others,
                 [p.grad for p in others],
-                *([self.state[p][key] for p in others] for key in _MOMENTS),
+                first,
+                second,
                 max_exp_avg_sqs=[],
                 state_steps=[self.state[p]["step"] for p in others],
                 amsgrad=False,
@@ -266,7 +268,7 @@ def _buffer_of(slices: list[Tensor | None], shape: tuple[int, ...]) -> Tensor | 
 
 def _moment_shape(pair: AdaptedLayer) -> tuple[int, int]:
     """Return `(out, in)`, or the part of it that this process keeps."""
-    (out_features, in_features), shard = pair.shape, row_shard(pair.base.weight)
+    (out_features, in_features), shard = pair.shape, row_shard(pair.weight)
     return (out_features if shard is None else len(range(out_features)[shard.mine])), in_features
 
 

@@ -45,6 +45,7 @@ class OptimizerEntry:
         needs_fp64: whether it computes in fp64.
         decays_net_update: whether its weight decay acts on `s (B A - B0 A0)` of anchored adapters, which leaves the
             halves tied and `B0` alone. Any other decay must leave anchored parameters out.
+        steps_weight: whether its step is one of the weight, so that it wants learning rates of full fine-tuning.
         not_anchored: why it can't step anchored factors, and the way out; `None` where it can.
         check: refuses, before training, a trainer it can't be built for, given the trainer and the setting's name.
     """
@@ -60,6 +61,7 @@ class OptimizerEntry:
     correct: Callable[[PairBatch, GramEigen], tuple[Tensor, Tensor]] | None = None
     needs_fp64: bool = False
     decays_net_update: bool = False
+    steps_weight: bool = False
     not_anchored: str | None = None
     check: Callable[[Trainer, str], None] | None = None
 
@@ -104,6 +106,7 @@ OPTIMIZERS = {
         gathers_gradients=True,
         needs_fp64=True,
         decays_net_update=True,
+        steps_weight=True,
         check=require_adamw,
     ),
     "lora_plus": OptimizerEntry(

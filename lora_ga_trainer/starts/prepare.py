@@ -89,11 +89,11 @@ def prepare_adapter(model: nn.Module, config: LoRAGAConfig, optimizer: torch.opt
     Raises:
         `ValueError`: naming the adapter or layer, what is wrong and the way out.
     """
-    model = require_peft_model(model)
-    adapter = active_adapter(model)
-    layers = find_adapted_layers(model)
-    peft_config = model.peft_config[adapter]
-    record = record_of_model(model)
+    wrapped = require_peft_model(model)
+    adapter = active_adapter(wrapped)
+    layers = find_adapted_layers(wrapped)
+    peft_config = wrapped.peft_config[adapter]
+    record = record_of_model(wrapped)
     if record is not None:
         _require_same_start(adapter, record, config)
         return
@@ -104,17 +104,17 @@ def prepare_adapter(model: nn.Module, config: LoRAGAConfig, optimizer: torch.opt
             "An optimizer exists already; it would keep training parameters that an anchored adapter replaces. Pass "
             "`optimizer_cls_and_kwargs=` instead of `optimizers=`, or make the trainer before the optimizer."
         )
-    _disown_config(model, adapter, layers)
-    peft_config = model.peft_config[adapter]
+    _disown_config(wrapped, adapter, layers)
+    peft_config = wrapped.peft_config[adapter]
     record = StartRecord(
         init=config.init,
         rank=peft_config.r,
         anchored=INITS[config.init].anchored,
-        base=fingerprint_base(model, layers),
+        base=fingerprint_base(wrapped, layers),
     )
-    model.peft_config[adapter] = attach_record(peft_config, record, model)
+    wrapped.peft_config[adapter] = attach_record(peft_config, record, wrapped)
     if record.anchored:
-        expand_adapter(model, layers)
+        expand_adapter(wrapped, layers)
         net_decay = config.optimizer.entry.decays_net_update
         logger.info(
             "Adapter %r is anchored: rank %d is stored as %d, `lora_alpha` is scaled to keep s, and weight decay %s.",

@@ -9,12 +9,12 @@ from typing import Any
 from finetuning.arguments import LoraArguments
 
 from comparison.methods import METHODS, Method
-from lora_ga_trainer import LoRAGAConfig
+from lora_ga_trainer import OPTIMIZERS, LoRAGAConfig
 
 
 # What an arm says itself, so that it can't be said for all arms at once.
 ARM_FIELDS = ("init", "correction", "gamma", "loraplus_lr_ratio", "riemannian_reg")
-CORRECTIONS = ("lora_pro", "lora_pro_adamw")
+CORRECTIONS = [name for name, entry in OPTIMIZERS.items() if entry.chosen_by == "correction" and entry.build]
 _CONFIG_FIELDS = {f.name for f in fields(LoRAGAConfig)} - {"init", "correction", "probe_file"}
 _LORA_FIELDS = {f.name for f in fields(LoraArguments)}
 
@@ -42,8 +42,8 @@ class Arm:
 
     @property
     def rate_factor(self) -> float:
-        """The equivalent AdamW takes the steps of full fine-tuning, whatever it starts from."""
-        return 0.1 if self.config.correction == "lora_pro_adamw" else self.how.rate_factor
+        """Rate of a step against plain LoRA's: an optimizer that steps the weight itself takes full fine-tuning's."""
+        return 0.1 if self.config.optimizer.entry.steps_weight else self.how.rate_factor
 
     @property
     def slug(self) -> str:
