@@ -129,7 +129,7 @@ def tiny_trainer_with_an_optimizer(folder):
 
 
 def test_without_the_entry_the_name_is_refused_with_those_that_are_there():
-    with pytest.raises(ValueError, match="'sign_sgd' is unknown.* Choose one of none, lora_pro, lora_pro_adamw"):
+    with pytest.raises(ValueError, match=r"'sign_sgd' is unknown.* Choose one of none, lora_pro, lora_pro_adamw"):
         LoRAGAConfig(correction="sign_sgd")
     with pytest.raises(ValueError, match="correction='lora_plus' is unknown"):  # chosen by a field of its own
         LoRAGAConfig(correction="lora_plus")
