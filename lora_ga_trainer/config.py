@@ -66,7 +66,8 @@ class LoRAGAConfig:
         gamma: The larger, the shorter the start. Default: 16 for LoRA-GA, 128 for LoRA-One (the papers').
         estimator: 'sketch' keeps small products of the gradient with test matrices; 'exact' keeps all of it in fp32.
             Layers for which the exact form is smaller than the sketch use it by themselves.
-        sketch_size: Columns k of the sketch, at least 2r. Default: 8 times the largest rank;
+        sketch_size: Columns k of the sketch, at least as many as the init uses directions: 2r for LoRA-GA, r for
+            LoRA-One. Default: 4 times as many, at the largest rank;
             lora_ga_trainer.gradients.sketch says what each size keeps.
         correction: How the optimizer corrects the adapter's gradients (LoRA-Pro, arXiv 2407.18242). 'lora_pro': the
             optimizer of the training arguments, whichever it is, steps with corrected gradients. 'lora_pro_adamw':

@@ -35,6 +35,7 @@ from lora_ga_trainer.adapters.anchor import start_values
 from lora_ga_trainer.adapters.find import find_adapted_layers
 from lora_ga_trainer.adapters.layer import AdaptedLayer
 from lora_ga_trainer.engines.parameters import is_sharded, read_parameter, write_parameters
+from lora_ga_trainer.maths.inits import INITS, Init, LayerGradient
 from lora_ga_trainer.saving.record import record_of_model
 from lora_ga_trainer.starts.prepare import prepare_adapter
 
@@ -276,7 +277,23 @@ def bare_part(engine: str, folder: Path) -> dict[str, Any]:
     return found
 
 
-PARTS = {"bare": bare_part, "main": main_part, "killed": killed_part, "resumed": resumed_part}
+def moments_part(engine: str, folder: Path) -> dict[str, Any]:
+    """Start with an init that asks for second moments, which the probe file then holds."""
+    seen = {}
+
+    def factors(gradient: LayerGradient) -> tuple[torch.Tensor, torch.Tensor]:
+        seen[gradient.moments.input_second_moments.data_ptr()] = gradient.moments
+        top, r = gradient.top, gradient.r
+        return top.U.new_zeros(top.U.shape[0], r), top.Vt[:r] * gradient.moments.input_second_moments.sqrt()
+
+    needs = frozenset({"second_moments", "covariance_directions"})
+    INITS["weighted_rows"] = Init("of this test", 1.0, anchored=False, pairs=1, factors=factors, needs=needs)
+    config = {"init": "weighted_rows", "num_samples": 8, "probe_file": str(folder / f"{engine}-moments.safetensors")}
+    found = trained(engine, folder, "moments", config, rows=tiny.causal_rows(8), max_steps=1)
+    return {"start": found["start"], "layers seen": len(seen), "processes": found["processes"]}
+
+
+PARTS = {"bare": bare_part, "main": main_part, "moments": moments_part, "killed": killed_part, "resumed": resumed_part}
 
 
 if __name__ == "__main__":

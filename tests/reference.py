@@ -256,6 +256,30 @@ def whole_sample_parameter_gradient(
     return found
 
 
+def layer_inputs_and_output_gradients(
+    model: torch.nn.Module, names: list[str], loss: Callable[[], Tensor]
+) -> dict[str, tuple[Tensor, Tensor]]:  # name -> x (N, in), dy (N, out)
+    """
+    Return what goes into the named layers and `dL/dy` of what comes out, of one pass of the summed loss of the sample.
+
+    `model` is a plain model without an adapter, and each layer is called once.
+    """
+    modules, seen = dict(model.named_modules()), {}
+
+    def keep(name):
+        def hook(module, args, y):
+            y.retain_grad()
+            seen[name] = (args[0], y)
+
+        return hook
+
+    handles = [modules[name].register_forward_hook(keep(name)) for name in names]
+    loss().backward()
+    for handle in handles:
+        handle.remove()
+    return {name: (x.detach().flatten(0, -2), y.grad.flatten(0, -2)) for name, (x, y) in seen.items()}
+
+
 def completed_from_sketches(Omega, Psi, Y, Z, m):  # (in, k), (out, k), (out, k), (in, k) -> (out, in)
     """Complete what sketches `Y = G Omega`, `Z = G^T Psi` tell of `G` to a matrix, the generalised Nystrom way.
 

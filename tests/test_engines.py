@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import reference
 import tiny
 import torch
 import transformers
-from engine_run import KILLED, ROWS, SAVED, STEPS, bare_part, main_part
+from engine_run import KILLED, ROWS, SAVED, STEPS, bare_part, main_part, moments_part
 from optional import require
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -197,6 +198,36 @@ def test_the_saved_folder_loads_on_a_clean_base(engine: str, folder: Path, singl
     saved = load_file(folder / engine / "exact" / f"checkpoint-{STEPS}" / "adapter_model.safetensors")
     for name, value in ranks[0]["exact"]["end"].items():
         assert torch.equal(saved[name.replace(".default.", ".")], value), name
+
+
+def test_second_moments_are_those_of_all_processes(folder: Path) -> None:
+    """An init that asks for them gets, on two processes, what one fp64 pass over all samples gives."""
+    ended = launch("ddp", "moments", folder)
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    single = moments_part("single", folder)
+    model = LlamaForCausalLM.from_pretrained(folder / "base").double()
+    state = load_file(folder / "ddp-moments.safetensors")
+    names = sorted({key.partition("|")[0] for key in state})
+    batch = {key: torch.stack([row[key] for row in tiny.causal_rows(8)]) for key in ("input_ids", "labels")}
+
+    def summed() -> Tensor:
+        logits = model(input_ids=batch["input_ids"]).logits[:, :-1].flatten(0, 1)
+        return torch.nn.functional.cross_entropy(logits, batch["labels"][:, 1:].flatten(), reduction="sum")
+
+    true = reference.layer_inputs_and_output_gradients(model, names, summed)
+    for name, (x, dy) in true.items():
+        assert state[f"{name}|tokens"].item() == len(x) == 8 * 12
+        for side, rows in (("input", x), ("output", dy)):
+            squares = state[f"{name}|{side}_second_moments"].double()
+            expected = rows.square().mean(dim=0)
+            assert (squares - expected).norm() < 5e-6 * expected.norm(), (name, side)
+    both = [torch.load(folder / "ddp" / f"moments-{rank}.pt", weights_only=False) for rank in range(2)]
+    assert [found["processes"] for found in both] == [2, 2]
+    assert sum(found["layers seen"] for found in both) == single["layers seen"] == len(names)
+    for name, value in single["start"].items():
+        assert torch.equal(both[0]["start"][name], both[1]["start"][name])
+        gram = value.T @ value
+        assert (both[0]["start"][name].T @ both[0]["start"][name] - gram).norm() <= 1e-4 * gram.norm(), name
 
 
 REFUSALS = {

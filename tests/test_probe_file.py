@@ -152,6 +152,21 @@ def test_a_rank_that_a_sketch_cannot_hold_is_refused_by_the_files_name(tmp_path)
         run(tmp_path, base=tiny.llama(**WIDE), lora={"r": 32}, **SKETCH)
 
 
+def test_a_file_with_fewer_columns_than_the_run_would_choose_is_refused(tmp_path):
+    """LoRA-One's file has half of LoRA-GA's columns, a higher rank would choose more. LoRA-GA's serves LoRA-One."""
+    one, two, lora = {"init": "lora_one"}, {"init": "lora_ga"}, {"r": 1}
+    run(tmp_path, base=tiny.llama(**WIDE), lora=lora, **one)
+    with pytest.raises(ValueError, match=r"sketches of 4 columns.*init='lora_ga' .*would use 8.*Delete it"):
+        run(tmp_path, base=tiny.llama(**WIDE), lora=lora, **two)
+    (tmp_path / "probe.safetensors").unlink()
+    run(tmp_path, base=tiny.llama(**WIDE), lora=lora, **two)
+    trainer, read = run(tmp_path, base=tiny.llama(**WIDE), lora=lora, **one)
+    assert read.losses == 0
+    assert any(layer.sketched for layer in trainer.lora_ga_report.layers)
+    with pytest.raises(ValueError, match=r"sketches of 8 columns.*would use 16.*same sketch_size"):
+        run(tmp_path, base=tiny.llama(**WIDE), lora={"r": 2}, **two)
+
+
 def other_head():
     base = tiny.bert()
     with torch.no_grad():

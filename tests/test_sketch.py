@@ -220,8 +220,26 @@ def test_layers_choose_the_cheaper_form_by_themselves() -> None:
 
 
 def test_a_sketch_too_small_for_the_rank_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"sketch_size=16 can't hold the 2r = 32 directions that layer up needs"):
-        make_accumulators([("up", (2048, 2048))], LoRAGAConfig(sketch_size=16), rank=16)
+    layers = [("up", (2048, 2048))]
+    with pytest.raises(ValueError, match=r"sketch_size=16 can't hold the 32 directions that init='lora_ga' needs"):
+        make_accumulators(layers, LoRAGAConfig(sketch_size=16), rank=16)
+    with pytest.raises(ValueError, match=r"Use at least 16; the default is 64"):
+        make_accumulators(layers, LoRAGAConfig(init="lora_one", sketch_size=15), rank=16)
+
+
+def test_an_init_that_uses_fewer_directions_gets_fewer_columns() -> None:
+    """LoRA-One uses r of them where LoRA-GA uses 2r; four columns for each, and a narrower layer is sketched."""
+    assert sketch_columns(LoRAGAConfig(init="lora_ga"), 8) == 64
+    assert sketch_columns(LoRAGAConfig(init="lora_one"), 8) == 32
+    layers = [("between", (320, 320))]
+    assert make_accumulators(layers, LoRAGAConfig(init="lora_one"), 8)["between"].sketched
+    assert not make_accumulators(layers, LoRAGAConfig(init="lora_ga"), 8)["between"].sketched
+    S = SPECTRA["decaying"]()
+    (accumulator,) = make_accumulators([("layer", SHAPE)], LoRAGAConfig(init="lora_one"), 8).values()
+    data = pairs(S)
+    run(accumulator, data)
+    assert accumulator.directions == 32
+    assert energy_kept(gradient(data), accumulator.svd(8), S, 0, 8) > 0.99
 
 
 @pytest.mark.parametrize("kind", ["exact", "sketch"])

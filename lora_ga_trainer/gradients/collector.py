@@ -16,6 +16,7 @@ from ..engines.collectives import gather_integers, share_from_owners, sum_over_p
 from .accumulator import DTYPES, Accumulator
 from .estimate import NonFiniteGradient
 from .failing import UNCHANGED
+from .moments import LayerMoments, make_moment_sums
 from .sketch import SketchedGradient, make_accumulators, turn
 from .tap import tapped, tapped_parameters
 
@@ -34,7 +35,7 @@ class Collector:
 
     Args:
         trainer: whose processes share the work.
-        config: `estimator`, `sketch_size` and `probe_seed` are read.
+        config: `init`, `estimator`, `sketch_size` and `probe_seed` are read.
         layers: the layers to look at.
         loss_scale: factor of the loss that a backward pass starts from.
 
@@ -42,6 +43,7 @@ class Collector:
         accumulators: one per adapted layer, of fused experts one each, by name.
         weight: of the backward pass that runs, 0 where none runs that counts. The loss is a mean over items, so a
             micro-batch weighs as much as it has items.
+        share: of the samples of that pass that counts, with or without a label.
         bytes_sent: bytes that this process handed to collectives.
     """
 
@@ -51,7 +53,8 @@ class Collector:
         self.trainer, self.layers, self.loss_scale = trainer, layers, loss_scale
         shapes = [(name, layer.shape) for layer in layers for name in layer.matrices]
         self.accumulators = make_accumulators(shapes, config, max(layer.rank for layer in layers))
-        self.weight = 0.0
+        self.moment_sums = make_moment_sums(config, layers)
+        self.weight = self.share = 0.0
         self.bytes_sent = 0
         self._hits = dict.fromkeys((layer.name for layer in layers), 0)
         self._met: dict[str, AdaptedLayer] = {}  # in the order in which the backward pass reached them
@@ -83,6 +86,9 @@ class Collector:
             # The layers of a model that is spread over devices compute on their own: the sums live beside them.
             accumulator.move_to(dy.device)
             accumulator.add(x, dy, self.weight / self.loss_scale)
+        if self.share > 0 and self.moment_sums:
+            # Rows without a label have an input all the same, wherever the data is cut into micro-batches.
+            self.moment_sums[layer.name].add(x, dy, self.weight / self.share / self.loss_scale, self.share)
 
     def _collect_dense(self, layer: AdaptedExperts, dW: Tensor) -> None:
         """Fold the gradient of all experts of a layer into their accumulators; the caller frees it."""
@@ -97,18 +103,24 @@ class Collector:
         self._hits[layer.name] += 1
         self._met[layer.name] = layer
 
-    def collect(self, loss: Tensor, items: float, number: int) -> None:
+    def collect(self, loss: Tensor, weight: float, share: float, number: int) -> None:
         """
-        Run the backward pass of batch `number`, whose `loss` is a mean over `items` items; 0 if it does not count.
+        Run the backward pass of the mean `loss` of one batch.
+
+        Args:
+            loss: with the graph attached.
+            weight: items that it is a mean over and that count.
+            share: of its samples that counts; 0 where it runs for the sake of the other processes.
+            number: of the batch, for messages.
 
         Raises:
             `NonFiniteGradient`: naming the batch and the layer that the backward pass reached first.
         """
-        self.weight = items
+        self.weight, self.share = weight, share
         self._met.clear()
         (loss * self.loss_scale).backward()
-        self.weight = 0.0  # a backward pass inside the next loss is not that of the loss
-        if items > 0:
+        self.weight = self.share = 0.0  # a backward pass inside the next loss is not that of the loss
+        if weight > 0:
             self._require_finite(number)
 
     def _require_finite(self, number: int) -> None:
@@ -156,9 +168,23 @@ class Collector:
 
     def finish(self, items: float) -> None:
         """Turn the sums of all processes into the mean over `items`. Collective."""
-        self._sum([part for accumulator in self.accumulators.values() for part in accumulator.sums()])
+        self._sum([part for total in self.accumulators.values() for part in total.sums()])
+        self._sum([part for total in self.moment_sums.values() for part in total.sums()])
         for accumulator in self.accumulators.values():
             accumulator.divide(items)
+
+    def moments(self) -> dict[str, LayerMoments]:
+        """
+        Return what the init asks for beside `G`, by the name of the layer; after [`finish`].
+
+        Raises:
+            `NonFiniteGradient`: naming a layer whose squares are beyond fp32.
+        """
+        found = {name: total.finish() for name, total in self.moment_sums.items()}
+        for name, moments in found.items():
+            if not all(torch.isfinite(value).all() for value in moments.state().values()):
+                raise NonFiniteGradient(f"The second moments of {name} are beyond fp32. {POISON_ADVICE}")
+        return found
 
     def _sum(self, tensors: Sequence[Tensor]) -> None:
         self.bytes_sent += sum_over_processes(self.trainer, tensors)

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..config import LoRAGAConfig
 from .accumulator import Accumulator
+from .moments import LayerMoments
 
 
 class NonFiniteGradient(ValueError):
@@ -29,6 +30,7 @@ class GradientEstimate:
         seconds: wall time of the probe.
         bytes_sent: bytes that this process handed to all-reduces.
         unreached: layers that the loss never reached.
+        moments: what the init asks for beside `G`, by the name of the layer; empty if it asks for nothing.
         first_batch: the first prepared inputs of this process, for measuring the loss before and after the write.
         first_items: items of `first_batch` that count.
         first_loss: the mean loss over the `first_batch` of all processes.
@@ -42,6 +44,7 @@ class GradientEstimate:
     seconds: float = 0.0
     bytes_sent: int = 0
     unreached: list[str] = field(default_factory=list)
+    moments: dict[str, LayerMoments] = field(default_factory=dict)
     first_batch: dict[str, Any] | None = None
     first_items: float = 0.0
     first_loss: float = math.nan
@@ -49,7 +52,8 @@ class GradientEstimate:
     @property
     def nbytes(self) -> int:
         """Bytes of probe state on this process, test matrices included once."""
-        tensors = {t.data_ptr(): t for e in self.estimators.values() for t in e.state().values()}
+        states = [e.state() for e in self.estimators.values()] + [m.state() for m in self.moments.values()]
+        tensors = {tensor.data_ptr(): tensor for state in states for tensor in state.values()}
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 

@@ -125,17 +125,19 @@ class _Probe:
     def _step(self, number: int, piece: Piece) -> None:
         items = count_items(self.trainer, piece)
         loss = mean_loss(self.trainer, self.model, piece.batch, items)
-        items, value = items if piece.mine > 0 else 0.0, loss.item()
+        share = 1.0 if piece.mine > 0 else 0.0
+        items, value = items * share, loss.item()
         if items > 0 and not math.isfinite(value):
             raise NonFiniteGradient(f"Probe batch {number}: the loss is {value}. {POISON_ADVICE}")
         # A batch that does not count runs all the same: sharded models need every process in every pass.
-        self.collector.collect(loss, items, number)
+        self.collector.collect(loss, items, share, number)
         self.counts.add(piece, items, value)
 
     def _result(self, unreached: list[str], seconds: float) -> GradientEstimate:
         counts = self.counts
         return GradientEstimate(
             estimators=self.collector.accumulators,
+            moments=self.collector.moments(),
             samples=counts.samples,
             items=counts.items,
             tokens=counts.tokens,

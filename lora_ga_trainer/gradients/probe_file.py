@@ -22,8 +22,10 @@ from ..saving.fingerprint import fingerprint_base, fingerprint_dataset, fingerpr
 from ..saving.json_file import is_number, parse_json, short
 from .accumulator import Accumulator
 from .estimate import GradientEstimate, require_reached
+from .moments import COLUMNS, LayerMoments, needs_of, require_inputs
 from .probe import estimate_gradients
-from .restore import require_state_shapes, restore_accumulator
+from .restore import read_tensors
+from .sketch import directions_used, sketch_columns
 
 
 if TYPE_CHECKING:
@@ -51,12 +53,15 @@ def save_estimate(
         **_fingerprints(config, model, layers, dataset),
         "figures": json.dumps({name: getattr(estimate, name) for name in _FIGURES}),
         "unreached": json.dumps(estimate.unreached),
+        "holds": json.dumps(
+            ["singular_pairs", *sorted({kind for m in estimate.moments.values() for kind in m.holds})]
+        ),
     }
     if not write:
         return
-    tensors = _own_memory(
-        {f"{name}|{key}": tensor for name, e in estimate.estimators.items() for key, tensor in e.state().items()}
-    )
+    states = [(name, accumulator.state()) for name, accumulator in estimate.estimators.items()]
+    states += [(name, moments.state()) for name, moments in estimate.moments.items()]
+    tensors = _own_memory({f"{name}|{key}": tensor for name, state in states for key, tensor in state.items()})
     try:
         with whole_file(_path(config)) as partial:
             save_file(tensors, partial, metadata=metadata)
@@ -86,7 +91,7 @@ def load_estimate(
 
     Raises:
         `ValueError`: if the file is damaged, or comes from another base, head, data set or other settings; the message
-            names which. Also if it left layers unreached or can't hold the directions that this run needs.
+            names which. Also if it left layers unreached, or does not hold what the init of this run needs.
     """
     path = _path(config)
     if not path.exists():
@@ -102,9 +107,11 @@ def load_estimate(
             )
     with _damage_named(config):
         figures, unreached = _parse_figures(metadata), _parse_unreached(metadata, layers)
-        accumulators = _read_accumulators(path, layers)
-    _require_use(config, layers, accumulators, unreached)
-    return GradientEstimate(estimators=accumulators, unreached=unreached, **figures)
+        accumulators, moments = read_tensors(path, layers)
+    require_reached(unreached, config, f"probe_file={config.probe_file!r}")
+    _require_directions(config, layers, accumulators)
+    _require_moments(config, layers, moments)
+    return GradientEstimate(estimators=accumulators, moments=moments, unreached=unreached, **figures)
 
 
 @contextmanager
@@ -117,24 +124,6 @@ def _damage_named(config: LoRAGAConfig) -> Iterator[None]:
             f"probe_file={config.probe_file!r} is damaged or not a probe of this package ({error}). Delete it to "
             "probe anew, or name another file."
         ) from error
-
-
-def _read_accumulators(path: Path, layers: Sequence[AdaptedLayer]) -> dict[str, Accumulator]:
-    """Read the tensors of every matrix, none of them before all are known to be of the shapes of the layers."""
-    shapes = {name: layer.shape for layer in layers for name in layer.matrices}
-    with safe_open(path, framework="pt") as file:
-        headers: dict[str, dict[str, tuple[int, ...]]] = {name: {} for name in shapes}
-        for key in file.keys():  # noqa: SIM118 - safe_open is no dict
-            name, _, part = key.partition("|")
-            if name not in shapes:
-                raise KeyError(f"{short(key)} belongs to no adapted layer")
-            headers[name][part] = tuple(file.get_slice(key).get_shape())
-        for name, header in headers.items():
-            require_state_shapes(header, shapes[name])
-        return {
-            name: restore_accumulator({part: file.get_tensor(f"{name}|{part}") for part in headers[name]}, shape)
-            for name, shape in shapes.items()
-        }
 
 
 def _parse_figures(metadata: dict[str, str]) -> dict[str, Any]:
@@ -154,19 +143,46 @@ def _parse_unreached(metadata: dict[str, str], layers: Sequence[AdaptedLayer]) -
     return unreached
 
 
-def _require_use(
-    config: LoRAGAConfig, layers: Sequence[AdaptedLayer], accumulators: dict[str, Accumulator], unreached: list[str]
+def _require_directions(
+    config: LoRAGAConfig, layers: Sequence[AdaptedLayer], accumulators: dict[str, Accumulator]
 ) -> None:
-    """Refuse an estimate that is whole but of no use to this run."""
-    require_reached(unreached, config, f"probe_file={config.probe_file!r}")
+    """Refuse sketches that can't hold the directions of this run, or hold them less well than its own would."""
+    columns = sketch_columns(config, max(layer.rank for layer in layers))
     for layer in layers:
-        needed = min(2 * layer.rank, *layer.shape)
-        directions = min(accumulators[name].directions for name in layer.matrices)
+        of_layer = [accumulators[name] for name in layer.matrices]
+        needed = min(directions_used(config, layer.rank), *layer.shape)
+        directions = min(accumulator.directions for accumulator in of_layer)
         if directions < needed:
             raise ValueError(
-                f"probe_file={config.probe_file!r} holds {directions} directions of layer "
-                f"{layer.name}, rank {layer.rank} needs {needed}. Delete it to probe anew with a larger "
+                f"probe_file={config.probe_file!r} holds {directions} directions of layer {layer.name}; "
+                f"init={config.init!r} at rank {layer.rank} needs {needed}. Delete it to probe anew with a larger "
                 "sketch_size, or name another file."
+            )
+        if config.sketch_size is None and any(found.sketched and found.directions < columns for found in of_layer):
+            raise ValueError(
+                f"probe_file={config.probe_file!r} has sketches of {directions} columns, of layer {layer.name} for "
+                f"one; init={config.init!r} at this rank would use {columns}. Delete it to probe anew, or set the "
+                "same sketch_size in the run that writes it and in those that read it."
+            )
+
+
+def _require_moments(config: LoRAGAConfig, layers: Sequence[AdaptedLayer], moments: dict[str, LayerMoments]) -> None:
+    """Refuse a file that lacks what the init asks for beside singular pairs."""
+    require_inputs(config, layers)
+    for layer in layers if needs_of(config) else ():
+        held = moments.get(layer.name, LayerMoments(0.0))
+        lacks = needs_of(config) - held.holds
+        # A lower rank gathers fewer directions.
+        found = [values for values in (held.output_eigenvalues, held.input_eigenvalues) if values is not None]
+        if any(
+            len(values) < min(COLUMNS * layer.rank, n) for values, n in zip(found, layer.shape, strict=bool(found))
+        ):
+            lacks |= needs_of(config) & {"covariance_directions"}
+        if lacks:
+            raise ValueError(
+                f"probe_file={config.probe_file!r} was made for an init that needs less: it does not hold the "
+                f"{' and '.join(sorted(lacks))} of layer {layer.name} that init={config.init!r} needs at rank "
+                f"{layer.rank}. Delete it to probe anew, or name another file."
             )
 
 

@@ -10,9 +10,9 @@ a matrix. Its sum with what was known is cut to rank k (`recovery.merge`). So th
 shows least well, weigh least. Both kinds are linear in the data between turning points, so processes add their
 accumulators.
 
-The turning points and k = 4 * 2r were chosen by measuring: SmolLM2-135M, r = 8, q, o, gate, up and down of layers 1,
-15 and 28, fp32, the first GSM8K examples; the share of the energy of the best directions kept, of the worse side; mean
-over the 15 matrices, the worst one in brackets.
+The turning points and k, 4 columns for each of the 2r directions of LoRA-GA, were chosen by measuring: SmolLM2-135M,
+r = 8, q, o, gate, up and down of layers 1, 15 and 28, fp32, the first GSM8K examples. The numbers are the share of the
+energy of the best directions that is kept, of the worse side: mean over the 15 matrices, the worst one in brackets.
 
 | samples, turning points, k                 | top 16        | directions 1-8 | directions 9-16 |
 |--------------------------------------------|---------------|----------------|-----------------|
@@ -40,6 +40,7 @@ from torch import Tensor
 
 from ..config import LoRAGAConfig
 from ..engines.devices import to_fp32, to_fp64
+from ..maths.inits import INITS
 from ..maths.recovery import HELD_OUT, TopSVD, merge, recover
 from .accumulator import Accumulator, ExactGradient, add_product, cast, gaussian, stack, to_one_dtype
 
@@ -155,8 +156,13 @@ def turning_points(samples: int) -> list[int]:
 
 
 def sketch_columns(config: LoRAGAConfig, rank: int) -> int:
-    """Return k: `config.sketch_size`, by default 4 columns for each of the `2 * rank` directions."""
-    return 8 * rank if config.sketch_size is None else config.sketch_size
+    """Return k: `config.sketch_size`, by default 4 columns for each direction that the init uses."""
+    return 4 * directions_used(config, rank) if config.sketch_size is None else config.sketch_size
+
+
+def directions_used(config: LoRAGAConfig, rank: int) -> int:
+    """Return how many singular pairs of `G` the init uses at this rank; the most that any may where it is none."""
+    return rank * (INITS[config.init].pairs if config.init in INITS else 2)
 
 
 def is_sketched(shape: tuple[int, int], k: int) -> bool:
@@ -181,18 +187,18 @@ def make_accumulators(
         rank: the largest rank that the factors need.
 
     Raises:
-        `ValueError`: if `config.sketch_size` is smaller than `2 * rank` and a layer would be sketched.
+        `ValueError`: if `config.sketch_size` is smaller than [`directions_used`] and a layer would be sketched.
     """
-    k = sketch_columns(config, rank)
+    k, least = sketch_columns(config, rank), directions_used(config, rank)
     accumulators: dict[str, Accumulator] = {}
     for name, shape in layers:
         if config.estimator == "exact" or not is_sketched(shape, k):
             accumulators[name] = ExactGradient(shape)
             continue
-        if k < 2 * rank:
+        if k < least:
             raise ValueError(
-                f"LoRAGAConfig: sketch_size={k} can't hold the 2r = {2 * rank} directions that layer {name} needs. "
-                f"Use at least {2 * rank}; the default is {8 * rank}."
+                f"LoRAGAConfig: sketch_size={k} can't hold the {least} directions that init={config.init!r} needs of "
+                f"layer {name}. Use at least {least}; the default is {4 * least}."
             )
         accumulators[name] = SketchedGradient(shape, k, config.probe_seed)
     return accumulators

@@ -14,6 +14,8 @@ from torch import Tensor
 
 # Singular values below this times the first hold 1e-8 of the energy: rounding, in fp32 sums and bf16 products alike.
 _NOISE = 1e-4
+# Eigenvalues of a covariance below this times the first are rounding of fp32 sums.
+_COVARIANCE_NOISE = 1e-6
 # Gaussian columns beside the bases: held out of the recovery, they measure what it misses.
 HELD_OUT = 16
 
@@ -131,6 +133,30 @@ def _without_overshoot(
     products = sum(((of_G * of_S).sum(dim=-1) for of_G, of_S in seen), start=torch.zeros_like(S))
     fitted = products / sum((of_S.square().sum(dim=-1) for _, of_S in seen), start=torch.zeros_like(S))
     return torch.where(fitted < S / 2, torch.maximum(fitted, _NOISE * S), S)
+
+
+def leading_directions(
+    Omega: Tensor,  # (n, k), of full rank
+    Y: Tensor,  # (n, k) = M Omega
+) -> tuple[Tensor, Tensor]:  # (n, k), (k,)
+    """
+    Find the leading eigenvectors and eigenvalues of a covariance `M (n, n)` that only its sketch tells of, in fp64.
+
+    The Nystrom approximation `Y (Omega^T Y)^+ Y^T` (Tropp, Yurtsever, Udell, Cevher, arXiv 1706.05736, section 2),
+    whose eigenvalues never exceed those of `M`; it is `M` if that has rank k or less.
+
+    Returns:
+        Orthonormal columns, and eigenvalues in descending order; those of directions that `M` does not have are 0.
+    """
+    scale = largest(Y)
+    Q, R = torch.linalg.qr(Omega)
+    MQ = torch.linalg.solve_triangular(R, Y / scale, upper=True, left=False)
+    values, vectors = torch.linalg.eigh((Q.mT @ MQ + MQ.mT @ Q) / 2)
+    # Y (Omega^T Y)^+ Y^T = F F^T. Small eigenvalues are left out: F divides by their roots, and they are rounding.
+    signal = torch.gt(values, _COVARIANCE_NOISE * values[-1])
+    roots = torch.where(signal, torch.where(signal, values, 1.0).rsqrt(), 0.0)
+    U, S, _ = torch.linalg.svd(MQ @ (vectors * roots), full_matrices=False)
+    return U, S.square() * scale[0]
 
 
 def top_svd(

@@ -57,14 +57,14 @@ def require_lockstep(optimizer: Optimizer, group: dict[str, Any], device: torch.
         return
     if not found <= _TOLERANCE:
         raise ValueError(
-            f"{name} does not step anchored factors as it would step plain ones: on small factors the steps differ by "
-            f"{found:.1%}. It looks at more than one entry at a time, or keeps its state in 8 bits. Use an "
+            f"{name} does not step anchored factors as it would step plain ones: on small factors the steps differ "
+            f"by {found:.1%}. It looks at more than one entry at a time, or keeps its state in 8 bits. Use an "
             "elementwise optimizer such as optim='adamw_torch', or init='lora_one', whose factors are plain."
         )
 
 
 def _largest_difference(optimizer: Optimizer, group: dict[str, Any], device: torch.device) -> float:
-    """Return the largest difference between the net steps of anchored and of plain factors, relative to the largest."""
+    """Return the largest difference between the net steps of anchored and plain factors, relative to the largest."""
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator)
     A0, B0 = draw(_R, _IN), draw(_OUT, _R)

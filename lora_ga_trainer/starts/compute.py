@@ -154,6 +154,7 @@ class _Starter:
                 scale=self.config.scale,
                 generator=self._generator(name),
                 weight_singular_values=None if on_device is None else torch.linalg.svdvals(on_device),
+                moments=self.estimate.moments.get(layer.name),
             )
         )
         return factors, self._report(layer, name, action, torch.linalg.vector_norm(factors[1], dim=1).max().item())

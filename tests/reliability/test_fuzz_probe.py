@@ -35,7 +35,7 @@ class Probe:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "probe.safetensors"
-        self.config = LoRAGAConfig(num_samples=2, probe_file=str(self.path))
+        self.config = LoRAGAConfig(num_samples=2, sketch_size=8, probe_file=str(self.path))
         base = tiny.llama(num_hidden_layers=1)
         self.model: PeftModel = tiny.with_lora(base, target_modules=["q_proj", "down_proj"], r=2)
         self.layers: list[AdaptedLayer] = find_adapted_layers(self.model)
