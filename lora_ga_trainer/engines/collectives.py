@@ -1,4 +1,4 @@
-"""What processes tell each other, in as few collectives as there are things to say."""
+"""Communication between processes, batched into few collectives."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from torch import Tensor
 if TYPE_CHECKING:
     from transformers import Trainer
 
-_BUCKET_BYTES = 2**28  # that are sent at once: copies of this size are made
+# Sent at once. The tensors are copied into a buffer of this size, so it bounds the extra memory.
+_BUCKET_BYTES = 2**28
 
 
 def sum_over_processes(trainer: Trainer, tensors: Sequence[Tensor]) -> int:
     """
     Add up `tensors` over all processes, in place.
 
-    The tensors of one dtype travel in flat buffers of up to 256 MiB, so there are few collectives however many layers
-    there are, and the tensors of a process may live on devices of their own.
+    Tensors of one dtype are sent in flat buffers of up to 256 MiB, so the number of collectives does not grow with the
+    number of layers. The tensors of a process may lie on different devices.
 
     Returns:
-        Bytes that this process handed to the all-reduce; 0 on a single process.
+        Bytes that this process handed to the all-reduce. It is 0 on a single process.
     """
     if trainer.accelerator.num_processes == 1:
         return 0
@@ -38,7 +39,7 @@ def sum_over_processes(trainer: Trainer, tensors: Sequence[Tensor]) -> int:
 
 
 def mean_over_processes(trainer: Trainer, value: float, weight: float) -> float:
-    """Return the mean of every process's `value` by its `weight`; a value of weight 0 may be anything."""
+    """Return the weighted mean of the processes' values. The value of a process with weight 0 is ignored, even NaN."""
     totals = torch.tensor([value * weight if weight > 0 else 0.0, weight], dtype=torch.float64)
     sum_over_processes(trainer, [totals])
     total, weights = totals.tolist()
@@ -47,13 +48,13 @@ def mean_over_processes(trainer: Trainer, value: float, weight: float) -> float:
 
 def share_from_owners(trainer: Trainer, owned: Sequence[Sequence[Tensor]]) -> int:
     """
-    Overwrite the tensors in place by those of the process that owns them, so that all agree to the bit.
+    Overwrite tensors in place with those of the process that owns them. All processes then agree to the bit.
 
     Args:
-        owned: what the processes own, one entry a process, of the same shapes and dtypes on each of them.
+        owned: one entry for each process, with the tensors that it owns. Shapes and dtypes are the same everywhere.
 
     Returns:
-        Bytes that this process sent; 0 on a single process.
+        Bytes that this process sent. It is 0 on a single process.
     """
     if trainer.accelerator.num_processes == 1:
         return 0
@@ -68,12 +69,13 @@ def share_from_owners(trainer: Trainer, owned: Sequence[Sequence[Tensor]]) -> in
 
 
 def _buckets(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
-    """Group tensors by dtype, those of one group together within `_BUCKET_BYTES` unless it is a single one."""
+    """Group tensors by dtype. A group holds at most `_BUCKET_BYTES`, or a single tensor that is larger."""
     buckets: list[list[Tensor]] = []
     open_ones: dict[torch.dtype, tuple[list[Tensor], int]] = {}
     for tensor in tensors:
         size = tensor.numel() * tensor.element_size()
         bucket, filled = open_ones.get(tensor.dtype, ([], 0))
+        # Every process sees the same sizes in the same order, so all of them make the same buckets.
         if not bucket or filled + size > _BUCKET_BYTES:
             bucket, filled = [], 0
             buckets.append(bucket)
@@ -92,7 +94,7 @@ def _unflatten(flat: Tensor, tensors: Sequence[Tensor]) -> None:
 
 
 def gather_integers(trainer: Trainer, *values: int) -> list[list[int]]:
-    """Return the `values` of every process, one row a rank."""
+    """Return the `values` of every process, one row for each rank."""
     if trainer.accelerator.num_processes == 1:
         return [list(values)]
     mine = torch.tensor([values], dtype=torch.int64, device=trainer.accelerator.device)

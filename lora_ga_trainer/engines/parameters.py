@@ -1,4 +1,4 @@
-"""All that differs between engines: full values in and out of parameters, what the probe calls, and who steps."""
+"""Full values in and out of parameters that an engine may have sharded."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 
 
 def plain_name(name: str) -> str:
-    """Return a module's name without what FSDP1 puts into it."""
+    """Return a module's name without the parts that FSDP1 adds to it."""
     return name.replace("_fsdp_wrapped_module.", "")
 
 
 def is_sharded(parameter: Tensor) -> bool:
-    """Tell whether this process has a part of the parameter only."""
+    """Tell whether this process holds only a part of the parameter."""
     return isinstance(parameter, DTensor) or is_partitioned(parameter)
 
 
 @torch.no_grad()
 def read_parameter(parameter: Tensor) -> Tensor:
-    """Return the full value of a parameter, sharded or not: a copy, or the parameter's own storage. Collective."""
+    """Return the full value of a parameter, sharded or not. It may be the parameter's own storage. Collective."""
     if isinstance(parameter, DTensor):
         return parameter.full_tensor()
     if is_partitioned(parameter):
@@ -43,9 +43,9 @@ def read_parameter(parameter: Tensor) -> Tensor:
 @torch.no_grad()
 def write_parameters(trainer: Trainer, values: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
     """
-    Copy full values into parameters in place, in their own dtype and device, master copies included.
+    Copy full values into parameters in place, and into the engine's master copies of them.
 
-    Every process calls this with the same parameters and the same values.
+    The values take the dtype and the device of the parameters. Every process passes the same parameters and values.
     """
     if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
         _write_deepspeed(trainer.model_wrapped, values)
@@ -56,19 +56,19 @@ def write_parameters(trainer: Trainer, values: Sequence[tuple[nn.Parameter, Tens
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return a DTensor gathered, anything else as it is. Collective."""
+    """Return a DTensor gathered, and any other tensor as it is. Collective."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def like_parameter(value: Tensor, parameter: Tensor) -> Tensor:
-    """Return a full `value`, the same on every process, sharded as `parameter` is. Collective."""
+    """Shard a full `value` as `parameter` is sharded. Every process passes the same value. Collective."""
     if not isinstance(parameter, DTensor):
         return value
     return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
 
 
 def row_shard(weight: Tensor) -> RowShard | None:
-    """Return how a base weight is spread over the processes; `None` if each has all of it."""
+    """Return which rows of a base weight this process holds, or `None` if it holds all of them."""
     if not isinstance(weight, DTensor) or weight.device_mesh.ndim != 1 or not weight.placements[0].is_shard():
         return None
     mesh = weight.device_mesh
@@ -76,7 +76,7 @@ def row_shard(weight: Tensor) -> RowShard | None:
 
 
 def is_partitioned(parameter: Tensor) -> bool:
-    """Tell whether ZeRO-3 has taken the parameter apart; `ds_id` is what DeepSpeed itself goes by."""
+    """Tell whether ZeRO-3 has partitioned the parameter. DeepSpeed itself looks for `ds_id`."""
     return hasattr(parameter, "ds_id")
 
 
@@ -84,7 +84,7 @@ def _write_deepspeed(engine: Any, values: Sequence[tuple[nn.Parameter, Tensor]])
     from deepspeed import zero
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
-    # A gathered copy that the probe's forward left behind makes the next gathering fail.
+    # The probe's forward pass may leave a gathered copy behind, and then the next gathering fails.
     engine.empty_partition_cache()
     for parameter, value in values:
         if is_partitioned(parameter):
@@ -92,7 +92,7 @@ def _write_deepspeed(engine: Any, values: Sequence[tuple[nn.Parameter, Tensor]])
                 parameter.copy_(value)
         else:
             parameter.copy_(value)
-        # The master copy, too: the first step starts from it and would undo the write.
+        # The first step starts from the master copy and would undo a write to the parameter alone.
         value = value.to(parameter.device, torch.float32)
         if is_partitioned(parameter):
             safe_set_local_fp32_param(parameter, partitions(value, parameter)[_partition_rank(parameter)])
@@ -101,7 +101,7 @@ def _write_deepspeed(engine: Any, values: Sequence[tuple[nn.Parameter, Tensor]])
 
 
 def partitions(value: Tensor, parameter: Any) -> Tensor:  # (processes, numbers of a part)
-    """Cut a full value as ZeRO-3 does, padded; DeepSpeed's own setters fail where it does not divide."""
+    """Cut a full value into parts as ZeRO-3 does, with padding. DeepSpeed's own setters fail on an uneven division."""
     parts = torch.distributed.get_world_size(parameter.ds_process_group)
     padding = parts * parameter.ds_tensor.numel() - value.numel()
     return torch.nn.functional.pad(value.flatten(), (0, padding)).view(parts, -1)
@@ -114,13 +114,13 @@ def _partition_rank(parameter: Any) -> int:
 def _write_flat(
     model: nn.Module, values: Sequence[tuple[nn.Parameter, Tensor]]
 ) -> Sequence[tuple[nn.Parameter, Tensor]]:
-    """Write the parameters that FSDP1 has flattened, one of its units gathered at a time; return the others."""
+    """Write the parameters that FSDP1 has flattened, and return the others. One FSDP unit is gathered at a time."""
     left = {id(parameter): (parameter, value) for parameter, value in values}
     for module in model.modules():
         if not isinstance(module, FullyShardedDataParallel) or left.keys().isdisjoint(map(id, module.parameters())):
             continue
         with FullyShardedDataParallel.summon_full_params(module, recurse=False, writeback=True):
-            # Parameters of units inside this one stay flat.
+            # Parameters of nested units stay flat, so their shape differs from that of the value. Their turn comes.
             for parameter, value in [entry for entry in left.values() if entry[0].shape == entry[1].shape]:
                 parameter.copy_(value)
                 del left[id(parameter)]
@@ -129,7 +129,7 @@ def _write_flat(
 
 @dataclass(frozen=True)
 class RowShard:
-    """The rows of a weight `(out, in)` that this process keeps, where processes keep different ones."""
+    """The rows of a weight `(out, in)` that this process holds, where every process holds different ones."""
 
     group: Any
     rank: int

@@ -1,4 +1,4 @@
-"""Engines: which are supported, who holds whole gradients, and who steps."""
+"""Engines that are supported, where their gradients are, and who takes the step."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _SUPPORTED = (*_REPLICATED, DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 def require_supported(trainer: Trainer) -> None:
     """
-    Refuse engines on which a layer's input and output-gradient are not those of the whole layer.
+    Refuse an engine that splits a layer, so that the probe would see only a part of its input or output-gradient.
 
     Raises:
         `ValueError`: naming the engine.
@@ -48,22 +48,22 @@ def require_supported(trainer: Trainer) -> None:
     size = getattr(trainer.model, "tp_size", None) or 1
     if size > 1:
         raise ValueError(
-            f"The model is split by tensor parallelism (tp_size={size}), where a layer sees a part of its input or "
-            "output only. Shard it with FSDP or ZeRO instead, or use `LoRAGAConfig(init='none')`."
+            f"The model is split by tensor parallelism (tp_size={size}), where a layer sees only a part of its input "
+            "or output. Shard it with FSDP or ZeRO instead, or use `LoRAGAConfig(init='none')`."
         )
 
 
 def holds_whole_gradients(trainer: Trainer) -> bool:
-    """Tell whether every process holds the whole gradient of every adapter parameter, as in DDP."""
+    """Tell whether every process holds the whole gradient of every adapter parameter, as under DDP."""
     return trainer.accelerator.distributed_type in _REPLICATED
 
 
 def require_resumable_engine(trainer: Trainer) -> None:
     """
-    Refuse to resume where no checkpoint holds the optimizer's state.
+    Refuse to resume under an engine whose checkpoints lack the optimizer's state.
 
     Raises:
-        `ValueError`: with the reason.
+        `ValueError`: with the reason and the way out.
     """
     if getattr(trainer, "is_distributed_loading_by_transformers", False):
         raise ValueError(
@@ -75,13 +75,14 @@ def require_resumable_engine(trainer: Trainer) -> None:
 
 def require_gradients(trainer: Trainer, what: str, in_parameters: bool, gathers: bool) -> None:
     """
-    Refuse an engine that keeps from an optimizer the gradients it works on.
+    Refuse an engine that hides gradients from the optimizer.
 
     Args:
-        trainer: names the engine.
+        trainer: its engine is looked at.
         what: the setting that asks for the optimizer, for the message.
-        in_parameters: whether the optimizer itself looks for gradients in the model's parameters.
-        gathers: whether it gathers gradients that are spread over processes.
+        in_parameters: whether the optimizer reads gradients from the model's parameters. An engine that steps by
+            itself leaves none there.
+        gathers: whether the optimizer gathers gradients that are spread over processes.
 
     Raises:
         `ValueError`: naming the setting and the engine.
@@ -104,15 +105,14 @@ def probed_module(trainer: Trainer) -> nn.Module:
     """
     Return the module whose forward the probe calls.
 
-    Under DDP and DeepSpeed that is the bare model: the sketches are summed once at the end, so the engine's own
-    reduction has no work to do (and DeepSpeed's would divide, or step). Under FSDP it is the wrapped one, which
-    gathers the weights.
+    Under DDP and DeepSpeed it is the bare model. The sketches are summed once at the end, so the engine has nothing to
+    reduce, and DeepSpeed would even divide or step. Under FSDP it is the wrapped model, which gathers the weights.
     """
     return trainer.model
 
 
 def optimizer_groups(trainer: Trainer) -> list[tuple[list[nn.Parameter], dict[str, Any]]]:
-    """Return the model's parameters of every param group of the trainer's optimizer, and the group's options."""
+    """Return, for every group of the trainer's optimizer, the model's parameters in it and its options."""
     optimizer = trainer.optimizer
     if trainer.accelerator.distributed_type != DistributedType.DEEPSPEED:
         return [(group["params"], group) for group in optimizer.param_groups]
@@ -123,35 +123,41 @@ def optimizer_groups(trainer: Trainer) -> list[tuple[list[nn.Parameter], dict[st
 
 
 def steps_by_itself(trainer: Trainer) -> bool:
-    """Tell whether the engine clips and steps inside its backward pass, on flat partitions of its own (ZeRO)."""
+    """Tell whether the engine clips and steps inside its backward pass, on flat partitions of its own (ZeRO does)."""
     return trainer.accelerator.distributed_type == DistributedType.DEEPSPEED
 
 
 def read_gradient(parameter: nn.Parameter) -> Tensor | None:
-    """Return the whole accumulated gradient of a parameter of such an engine, with the loss scale. Collective."""
+    """
+    Return the whole accumulated gradient of a parameter, under an engine that steps by itself. Collective.
+
+    It is multiplied by the loss scale; see [`loss_scale`].
+    """
     from deepspeed.utils import safe_get_full_grad
 
     return safe_get_full_grad(parameter)
 
 
 def write_gradient(parameter: nn.Parameter, value: Tensor) -> None:
-    """Replace the accumulated gradient of a parameter of such an engine. Collective."""
+    """Replace the accumulated gradient of a parameter, under an engine that steps by itself. Collective."""
     from deepspeed.utils import safe_set_full_grad
 
     safe_set_full_grad(parameter, partitions(value, parameter) if is_partitioned(parameter) else value)
 
 
 def loss_scale(trainer: Trainer) -> float:
-    """Return what such an engine has multiplied its gradients by; 1 without fp16."""
+    """Return the factor in the gradients of an engine that steps by itself. It is 1 without fp16."""
     return float(trainer.optimizer.optimizer.loss_scale)
 
 
 def run_before_steps(trainer: Trainer, hook: Callable[[], None]) -> float:
     """
-    Call `hook` before each step of such an engine, with the accumulated gradients in place, and stop it from clipping.
+    Call `hook` before each step of an engine that steps by itself, and stop the engine from clipping.
+
+    The hook finds the accumulated gradients in place.
 
     Returns:
-        The norm that the engine would have clipped to; 0 for none.
+        The norm that the engine would have clipped to, or 0 if it would not have clipped.
     """
     engine, zero = trainer.model_wrapped, trainer.optimizer.optimizer
     step = engine.step
@@ -163,7 +169,8 @@ def run_before_steps(trainer: Trainer, hook: Callable[[], None]) -> float:
         return step(*args, **kwargs)
 
     engine.step = hooked_step
-    zero.clip_grad = 0.0  # a resumed engine has this already: the config is what remembers
+    # A resumed engine has a clip_grad of 0 already, so the norm is read from the engine's config.
+    zero.clip_grad = 0.0
     return float(engine.gradient_clipping())
 
 
