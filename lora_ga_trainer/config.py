@@ -5,15 +5,12 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from .maths.inits import INITS
 from .optimizers.adamw import STATE_DTYPES
 from .optimizers.registry import OPTIMIZERS, ChosenOptimizer, OptimizerEntry, corrections
 
-
-if TYPE_CHECKING:
-    pass
 
 DIRECTIONS = ("ArB2r", "A2rBr", "ArBr", "random")
 SCALES = ("stable", "unit", "gd", "weight_svd")

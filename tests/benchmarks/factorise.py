@@ -29,7 +29,8 @@ from cost_models import clock
 from torch import Tensor
 
 from lora_ga_trainer import LoRAGAConfig
-from lora_ga_trainer.gradients.sketch import top_svds, turn
+from lora_ga_trainer.gradients.accumulator import Accumulator
+from lora_ga_trainer.gradients.sketch import make_accumulators, top_svds, turn
 
 
 # (out, in): SmolLM2-135M's MLP, an expert of Qwen3-MoE, a Llama of hidden size 2048, Llama-2-7B.
@@ -44,7 +45,7 @@ def make_gradient(shape: tuple[int, int], generator: torch.Generator, device: st
 
 def sketch_gradient(G: Tensor, rank: int) -> Accumulator:
     (accumulator,) = make_accumulators([("layer", tuple(G.shape))], LoRAGAConfig(), rank).values()
-    accumulator.place(G.device)
+    accumulator.move_to(G.device)
     accumulator.add_gradient(G, 1.0)
     return accumulator
 
