@@ -6,15 +6,12 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from .maths.inits import INITS
 from .optimizers.adamw import STATE_DTYPES
 from .optimizers.registry import OPTIMIZERS, ChosenOptimizer, OptimizerEntry, corrections
 
-
-if TYPE_CHECKING:
-    pass
 
 DIRECTIONS = ("ArB2r", "A2rBr", "ArBr", "random")
 SCALES = ("stable", "unit", "gd", "weight_svd")

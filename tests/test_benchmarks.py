@@ -1,46 +1,199 @@
-"""The benchmarks run, and print what their tables are made of."""
+"""The benchmarks: they time what they say they time, and their figures follow from what they timed."""
 
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import tiny
+import torch
+from torch import nn
 
 
-FOLDER = Path(__file__).parents[1] / "recipes" / "benchmarks"
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))  # as the programs themselves do
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 
-pytestmark = pytest.mark.slow
+import anchored
+import factorise
+import fidelity
+import lora_pro
+from cost_models import MODELS
+from peft import LoraConfig, get_peft_model
+
+from lora_ga_trainer import LoRAGAConfig, LoRAProAdamW, find_adapted_layers
 
 
-def run(name: str, output: Path) -> dict:
-    command = [sys.executable, str(FOLDER / name), "--quick", "--output", str(output)]
+FOLDER = Path(anchored.__file__).parent
+INTERNAL = Path(factorise.__file__).parent
+
+
+def run(program: Path, output: Path) -> dict[str, Any]:
+    command = [sys.executable, str(program), "--quick", "--output", str(output)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(output.read_text(encoding="utf-8"))
 
 
-def test_the_cost_of_a_start(tmp_path: Path) -> None:
-    found = run("probe.py", tmp_path / "found.json")
-    assert set(found["rounds"][0]) == {"floor", "ours", "peft"}
-    assert all(row["seconds"] > 0 for row in found["rounds"][0].values())
-    assert found["rounds"][0]["ours"]["state"] == found["rounds"][0]["peft"]["state"], "tiny layers are kept whole"
+# --- the cost of a start -------------------------------------------------------------------------------------------
 
 
-def test_the_cost_of_an_anchored_step(tmp_path: Path) -> None:
-    found = run("anchored.py", tmp_path / "found.json")
-    assert len(found["rounds"]) == 3
-    assert set(found["summary"]["peaks"]) == {"plain", "anchored"}
+@pytest.mark.slow
+def test_both_starts_hold_the_whole_gradients_of_tiny_layers_and_ratios_are_those_of_one_round(tmp_path):
+    found = run(FOLDER / "probe.py", tmp_path / "found.json")
+    (row,) = found["rounds"]
+    layers = [m for m in MODELS["tiny"]().model.layers.modules() if isinstance(m, nn.Linear)]
+    whole = sum(4 * layer.weight.numel() for layer in layers)  # fp32
+    assert row["ours"]["state"] == row["peft"]["state"] == whole
+    assert (row["ours"]["layers"], row["ours"]["sketched"], row["floor"]["state"]) == (len(layers), 0, 0)
+    for name, of in (("ours", "floor"), ("peft", "floor"), ("peft", "ours")):
+        ratio = row[name]["seconds"] / row[of]["seconds"]
+        assert found["summary"][f"{name} / {of}"] == {"median": ratio, "least": ratio, "most": ratio}
+    # the whole start has the passes and the rest in it
+    assert all(row[name]["seconds"] > row[name]["init_seconds"] for name in ("ours", "peft"))
 
 
-def test_the_cost_of_lora_pro(tmp_path: Path) -> None:
-    found = run("lora_pro.py", tmp_path / "found.json")
-    assert found["results"]["adamw"]["throughput"] == 1.0
+# --- the cost of an anchored step ----------------------------------------------------------------------------------
 
 
-def test_the_cost_of_singular_vectors(tmp_path: Path) -> None:
-    found = run("factorise.py", tmp_path / "found.json")
-    assert set(found["rounds"]) == {"512x1024", "1024x1024"}
-    assert all(seconds > 0 for rows in found["rounds"].values() for row in rows for seconds in row.values())
+def test_the_anchored_model_stores_twice_the_rank_and_keeps_its_start(tmp_path):
+    ids = torch.randint(0, tiny.VOCABULARY, (1, 8))
+    for kind, stored in (("plain", 4), ("anchored", 8)):
+        training = anchored.Training(anchored.make_adapter(tiny.llama(), kind, 4))
+        layers = find_adapted_layers(training.model)
+        before = [(layer.stored_A.detach().clone(), layer.stored_B.detach().clone()) for layer in layers]
+        for group in training.optimizer.param_groups:
+            group["lr"] = 1e-2
+        training.step(ids)
+        for layer, (A, B) in zip(layers, before, strict=True):
+            assert (layer.stored_A.shape[0], layer.stored_B.shape[1]) == (stored, stored)
+            assert A.any()
+            assert B.any()
+            assert not torch.equal(layer.stored_A, A)
+            moved = layer.stored_B - B
+            assert moved[:, :4].any()
+            assert not moved[:, 4:].any()  # B0 is frozen; a plain layer has no such half
+
+
+@pytest.mark.slow
+def test_the_ratios_of_an_anchored_step_are_those_of_its_rounds(tmp_path):
+    found = run(FOLDER / "anchored.py", tmp_path / "found.json")
+    ratios = [row["anchored"] / row["plain"] for row in found["rounds"]]
+    assert len(ratios) == 3
+    assert found["summary"]["anchored / plain"] == statistics.median(ratios)
+    assert found["summary"]["extremes"] == [min(ratios), max(ratios)]
+
+
+# --- the cost of LoRA-Pro ------------------------------------------------------------------------------------------
+
+
+def test_a_throughput_is_that_of_plain_adamw_over_the_optimizers_in_the_same_round(monkeypatch):
+    seconds = {"adamw": (1.0, 0.25), "lora_pro": (2.0, 1.25), "lora_pro_adamw": (4.0, 3.25)}
+    calls: list[str] = []
+    rounds = 3
+
+    def one_round(model: Any, optimizer: str, ids: Any) -> tuple[float, float]:
+        calls.append(optimizer)
+        slow = 2.0 if len(calls) > 2 * len(seconds) else 1.0  # the machine slows down after the first round
+        return tuple(slow * value for value in seconds[optimizer])
+
+    monkeypatch.setattr(lora_pro, "one_round", one_round)
+    monkeypatch.setattr(lora_pro, "make_optimizers", lambda model: {name: name for name in seconds})
+    found = lora_pro.measure(None, None, rounds)
+    assert {name: row["throughput"] for name, row in found.items()} == {
+        "adamw": 1.0,
+        "lora_pro": 0.5,
+        "lora_pro_adamw": 0.25,
+    }
+    for row in found.values():
+        assert row["throughput_min"] == row["throughput_max"] == row["throughput"]
+        assert row["passes_seconds"] == 1.5  # the median of 0.75, twice 1.5
+    assert found["lora_pro"]["throughput_from_steps"] == (1.5 + 0.5) / (1.5 + 2.5)
+    timed = [calls[i : i + 3] for i in range(3, len(calls), 3)]
+    assert [some[0] for some in timed] == ["adamw", "lora_pro", "lora_pro_adamw"], "each goes first once"
+
+
+def test_every_optimizer_of_the_benchmark_moves_both_factors_of_every_layer():
+    model = get_peft_model(tiny.llama(), LoraConfig(r=4, target_modules="all-linear"))
+    ids = torch.randint(0, tiny.VOCABULARY, (1, 8))
+    with torch.no_grad():
+        for layer in find_adapted_layers(model):
+            layer.stored_B.normal_(std=0.02)
+    optimizers = lora_pro.make_optimizers(model)
+    assert [type(o) for o in optimizers.values()].count(LoRAProAdamW) == 2
+    for name, optimizer in optimizers.items():
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3
+        before = [parameter.detach().clone() for parameter in model.parameters() if parameter.requires_grad]
+        whole, step = lora_pro.one_round(model, optimizer, ids)
+        assert whole >= step
+        after = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        assert not any(torch.equal(a, b) for a, b in zip(before, after, strict=True)), name
+
+
+@pytest.mark.slow
+def test_the_lora_pro_benchmark_runs(tmp_path):
+    found = run(FOLDER / "lora_pro.py", tmp_path / "found.json")["results"]
+    assert list(found) == ["adamw", "lora_pro", "lora_pro_adamw", "lora_pro_adamw bf16"]
+    passes, plain = found["adamw"]["passes_seconds"], found["adamw"]["step_seconds"]
+    for row in found.values():
+        assert row["throughput_min"] <= row["throughput"] <= row["throughput_max"]
+        assert row["throughput_from_steps"] == pytest.approx((passes + plain) / (passes + row["step_seconds"]))
+
+
+# --- singular vectors, and what a sketch keeps ---------------------------------------------------------------------
+
+
+def test_all_ways_to_factorise_find_the_same_directions():
+    generator = torch.Generator().manual_seed(0)
+    rank, shape = 2, (192, 256)
+    G = [factorise.make_gradient(shape, generator, "cpu") for _ in range(2)]
+    ways = factorise.make_ways(G, rank)
+    ways["turn"]()
+    together, apart = ways["recover"](), ways["recover, layer by layer"]()
+    for matrix, ours, alone, (U, _, V) in zip(G, together, apart, ways["peft"](), strict=True):
+        torch.testing.assert_close(ours.S, alone.S)
+        best = torch.linalg.svdvals(matrix)[: 2 * rank].square().sum()
+        for left, right in ((ours.U, ours.Vt.T), (U[:, : 2 * rank], V[:, : 2 * rank])):
+            assert min((left.T @ matrix).square().sum(), (matrix @ right).square().sum()) > 0.8 * best
+
+
+@pytest.mark.slow
+def test_the_cost_of_singular_vectors_is_told_for_every_shape_and_way(tmp_path):
+    found = run(INTERNAL / "factorise.py", tmp_path / "found.json")["rounds"]
+    assert set(found) == {"512x1024", "1024x1024"}
+    ways = {"turn", "turn, layer by layer", "recover", "recover, layer by layer", "peft"}
+    assert all(len(rows) == 2 and all(set(row) == ways for row in rows) for rows in found.values())
+
+
+def test_fidelity_compares_a_sketch_with_autograds_gradient_of_the_same_samples():
+    model = tiny.llama(hidden_size=256, intermediate_size=256)
+    generator = torch.Generator().manual_seed(0)
+    batches = []
+    for _ in range(8):
+        ids = torch.randint(0, tiny.VOCABULARY, (1, 8), generator=generator)
+        batches.append({"input_ids": ids, "labels": ids.masked_fill(torch.arange(8) < 3, -100)})
+    exact = fidelity.exact_gradients(model, batches, [8])
+    found = fidelity.measure(model, batches, [1])
+    assert list(found) == list(exact)
+    sketched = [row for rows in found.values() for row in rows if "kept" in row]
+    assert sketched, "some layers are large enough for a sketch"
+    for (row,) in found.values():
+        assert row["transfer"] == pytest.approx(1)  # all samples against all samples
+        assert 0 <= row["halves"] <= 1 + 1e-5
+    for row in sketched:
+        assert 0.5 < row["kept"] <= 1 + 1e-5
+        assert row["kept_A"] <= 1 + 1e-5
+    (exact_G,) = [sum(halves[8]) for name, halves in exact.items() if name.endswith("1.self_attn.q_proj")]
+    whole = fidelity.estimate_gradients
+    config = LoRAGAConfig(num_samples=8, estimator="exact")
+    with pytest.MonkeyPatch.context() as patch:  # the probe, asked for whole gradients, agrees with autograd
+        patch.setattr(fidelity, "estimate_gradients", lambda trainer, _: whole(trainer, config))
+        estimate = fidelity.sketched_gradients(model, batches, [8], 1)[8]
+    (G,) = [e.state()["G"] for name, e in estimate.estimators.items() if name.endswith("1.self_attn.q_proj")]
+    torch.testing.assert_close(G * estimate.items, exact_G, rtol=1e-4, atol=1e-6)

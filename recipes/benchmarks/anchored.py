@@ -27,21 +27,22 @@ from comparison.memory import PeakMemory
 from cost_models import MODELS, clock
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
-from lora_ga_trainer import LoRAGAConfig, LoRAGATrainer, find_adapted_layers, write_start
+from lora_ga_trainer import LoRAGACallback, LoRAGAConfig, find_adapted_layers, write_start
 
 
 KINDS = ("plain", "anchored")
-INITS = {"plain": "none", "anchored": "lora_ga"}
 
 
 def make_adapter(base: nn.Module, kind: str, rank: int) -> PeftModel:
     """Adapt all linear layers; both kinds begin with factors that are not zero, so that nothing is skipped."""
     model = get_peft_model(base, LoraConfig(r=rank, target_modules="all-linear"))
     with tempfile.TemporaryDirectory() as folder:
-        args = TrainingArguments(folder, report_to=[])
-        trainer = LoRAGATrainer(model, args, lora_ga_config=LoRAGAConfig(init=INITS[kind]))  # anchors the layers
+        # Without a data set a trainer only evaluates, and its adapter is left as it is. This one is never read.
+        trainer = Trainer(model, TrainingArguments(folder, report_to=[]), train_dataset=[{"input_ids": [0]}])
+    if kind == "anchored":
+        LoRAGACallback(trainer, LoRAGAConfig())  # anchors the layers
     for layer in find_adapted_layers(model):
         out_features, in_features = layer.shape
         write_start(trainer, layer, torch.randn(out_features, rank) * 0.02, torch.randn(rank, in_features) * 0.02)

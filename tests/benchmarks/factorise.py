@@ -1,8 +1,11 @@
 """
 Measure what finding the singular vectors of one layer costs, by shape.
 
-    python recipes/benchmarks/factorise.py --output factorise.json
-    python recipes/benchmarks/factorise.py --quick                     # small shapes, seconds: shows it works
+    python tests/benchmarks/factorise.py --output factorise.json
+    python tests/benchmarks/factorise.py --quick                       # small shapes, seconds: shows it works
+
+It stands with the tests because it times two routines that are not public; the benchmarks of recipes/ time what a user
+can call.
 
 For `--layers` layers of each shape, in turns within each round: `turn`, what a turning point does, and `recover`, what
 the end of the probe does, each for all layers in one call and layer by layer; and `peft`, PEFT's `svd_lowrank` of the
@@ -17,7 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes" / "benchmarks"))
 
 import torch
 from comparison.environment import environment
@@ -33,31 +37,35 @@ from lora_ga_trainer.gradients.sketch import make_accumulators, top_svds, turn
 SHAPES = [(1536, 576), (768, 2048), (512, 2048), (2048, 2048), (5632, 2048), (4096, 4096), (11008, 4096)]
 
 
-def gradient(shape: tuple[int, int], generator: torch.Generator, device: str) -> Tensor:
+def make_gradient(shape: tuple[int, int], generator: torch.Generator, device: str) -> Tensor:
     """Make a `G (out, in)` whose singular values decay as 1, 1/2, 1/3, ..."""
     left, right = (torch.randn(n, 128, generator=generator).to(device) for n in shape)
     return (left / torch.arange(1, 129, device=device)) @ right.T
 
 
-def sketched(G: Tensor, rank: int) -> Accumulator:
-    (estimator,) = make_accumulators([("layer", tuple(G.shape))], LoRAGAConfig(), rank).values()
-    estimator.move_to(G.device)
-    estimator.add_gradient(G, 1.0)
-    return estimator
+def sketch_gradient(G: Tensor, rank: int) -> Accumulator:
+    (accumulator,) = make_accumulators([("layer", tuple(G.shape))], LoRAGAConfig(), rank).values()
+    accumulator.move_to(G.device)
+    accumulator.add_gradient(G, 1.0)
+    return accumulator
 
 
-def one_round(G: list[Tensor], rank: int, backwards: bool) -> dict[str, float]:
-    """Return seconds a layer of every way."""
-    layers = {str(index): sketched(matrix, rank) for index, matrix in enumerate(G)}
+def make_ways(G: list[Tensor], rank: int) -> dict[str, Callable[[], object]]:
+    """Return what is timed, each over all layers."""
+    layers = {str(index): sketch_gradient(matrix, rank) for index, matrix in enumerate(G)}
     wanted, q = dict.fromkeys(layers, 2 * rank), min(4 * rank, *G[0].shape)
-    ways: dict[str, Callable[[], object]] = {
+    return {
         "turn": lambda: turn(list(layers.values())),
         "turn, layer by layer": lambda: [turn([layer]) for layer in layers.values()],
-        "recover": lambda: top_svds(layers, wanted),
+        "recover": lambda: list(top_svds(layers, wanted).values()),
         "recover, layer by layer": lambda: [layer.svd(2 * rank) for layer in layers.values()],
         "peft": lambda: [torch.svd_lowrank(matrix, q=q, niter=4) for matrix in G],
     }
-    found = {}
+
+
+def time_round(G: list[Tensor], rank: int, backwards: bool) -> dict[str, float]:
+    """Return seconds a layer of every way."""
+    ways, found = make_ways(G, rank), {}
     for name in sorted(ways, reverse=backwards):
         begin = clock()
         ways[name]()
@@ -79,9 +87,9 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator, results = torch.Generator().manual_seed(args.seed), {}
     for shape in shapes:
-        G = [gradient(shape, generator, device) for _ in range(args.layers)]
-        one_round(G, args.rank, backwards=False)  # allocates
-        found = [one_round(G, args.rank, number % 2 == 1) for number in range(args.rounds)]
+        G = [make_gradient(shape, generator, device) for _ in range(args.layers)]
+        time_round(G, args.rank, backwards=False)  # allocates
+        found = [time_round(G, args.rank, number % 2 == 1) for number in range(args.rounds)]
         results["x".join(map(str, shape))] = found
         medians = {name: statistics.median(row[name] for row in found) for name in found[0]}
         print(shape, ", ".join(f"{name} {1000 * seconds:.1f} ms" for name, seconds in medians.items()), flush=True)
