@@ -157,7 +157,7 @@ class AnchoredParamWrapper(ParamWrapper):
 
 
 def anchored_parameter_names(model: nn.Module) -> set[str]:
-    """Name the parameters that weight decay must leave alone: it would untie the halves and shrink `B0`."""
+    """Name the anchored parameters of `model`. Weight decay must leave them alone, or it would untie their halves."""
     return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, (AnchoredA, AnchoredB))}
 
 
