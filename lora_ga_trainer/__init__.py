@@ -25,7 +25,7 @@ Words, one for each thing:
     estimate     what the probe hands over: the accumulators of all layers and what they were averaged over
     anchored     stored in delta form, [A; A - A0] and [B - B0, B0], so that the base is never changed
     layer        one adapted weight, or the fused weights of all experts of a block
-    pair         the factors A and B of a layer as an optimizer steps them
+    pair         the two factors A, B of one layer and adapter, which an optimizer steps together
     engine       what runs the processes: one process, DDP, FSDP or DeepSpeed ZeRO
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
@@ -18,13 +19,35 @@ ESTIMATORS = ("sketch", "exact")
 
 
 # What is added to the help of a field that names an entry of a registry.
-_REGISTERED = {
+_REGISTERED: dict[str, Callable[[], str]] = {
     "init": lambda: "".join(f" {name!r} ({init.about})." for name, init in INITS.items()),
     "correction": lambda: "".join(f" {name!r} ({OPTIMIZERS[name].about})." for name in corrections()),
 }
 
 
 _Class = TypeVar("_Class", bound=type)
+
+
+class _FieldHelp(Mapping[str, str]):
+    """The metadata of a field. What a registry adds to the help is read each time, with its newest entry."""
+
+    def __init__(self, text: str, registered: Callable[[], str]) -> None:
+        self._text, self._registered = text, registered
+
+    def __getitem__(self, key: str) -> str:
+        if key != "help":
+            raise KeyError(key)
+        return self._text + self._registered()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(("help",))
+
+    def __len__(self) -> int:
+        return 1
+
+    def copy(self) -> dict[str, str]:
+        """Return a plain dictionary, which argument parsers add to."""
+        return dict(self)
 
 
 def _document_fields(config: _Class) -> _Class:
@@ -34,8 +57,8 @@ def _document_fields(config: _Class) -> _Class:
     _, _, listed = config.__doc__.partition("Args:\n")
     for entry in re.split(r"\n {8}(?=\w)", listed.partition("\n\n")[0].lstrip()):
         name, _, text = entry.partition(": ")
-        registered = _REGISTERED[name]() if name in _REGISTERED else ""
-        vars(config)["__dataclass_fields__"][name].metadata = {"help": " ".join(text.split()) + registered}
+        metadata = _FieldHelp(" ".join(text.split()), _REGISTERED.get(name, str))
+        vars(config)["__dataclass_fields__"][name].metadata = metadata
     return config
 
 

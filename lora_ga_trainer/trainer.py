@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import Seq2SeqTrainer, Trainer
 
-from .adapters.storage import anchored_parameter_names, counted_gradients
+from .adapters.storage import anchored_parameter_names, counted_norm
 from .callback import LoRAGACallback
 from .config import LoRAGAConfig
 from .engines.support import holds_whole_gradients
@@ -107,14 +107,14 @@ class LoRAGAMixin(_AnyTrainer):
             step = self._lora_ga_callback.engine_step  # has clipped, where there is one
             return super()._clip_grad_norm(model) if step is None else step.norm
         self.accelerator.unscale_gradients()
-        norm = torch.nn.utils.get_total_norm(list(counted_gradients(model)))
+        norm = counted_norm(model)
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), self.args.max_grad_norm, norm)
         return norm
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Return the norm for the log, with the gradient of an anchored `A` counted once."""
         if grad_norm is None and self._counts_tied_halves(model):
-            grad_norm = torch.nn.utils.get_total_norm(list(counted_gradients(model)))
+            grad_norm = counted_norm(model)
         return super()._get_grad_norm(model, grad_norm)
 
     def _counts_tied_halves(self, model: nn.Module) -> bool:

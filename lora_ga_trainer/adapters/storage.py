@@ -161,6 +161,13 @@ def anchored_parameter_names(model: nn.Module) -> set[str]:
     return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, (AnchoredA, AnchoredB))}
 
 
+def counted_norm(
+    model: nn.Module, read: Callable[[nn.Parameter], Tensor | None] = lambda parameter: parameter.grad
+) -> Tensor:
+    """Return the global norm of a model's gradients, with the gradient of an anchored `A` counted once."""
+    return torch.nn.utils.get_total_norm(list(counted_gradients(model, read)))
+
+
 def counted_gradients(
     model: nn.Module, read: Callable[[nn.Parameter], Tensor | None] = lambda parameter: parameter.grad
 ) -> Iterator[Tensor]:

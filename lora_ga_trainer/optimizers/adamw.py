@@ -13,15 +13,9 @@ from torch.optim.adamw import adamw
 from ..adapters.layer import AdaptedLayer
 from ..engines.parameters import row_shard
 from ..maths.lora_pro import GramEigen
+from .batches import PairBatch, batch_pairs, each_corrected, require_finite
 from .moments import equivalent_gradient, project_step, store_moment
-from .pairs import (
-    PairBatch,
-    batch_pairs,
-    each_corrected,
-    pairs_with_gradients,
-    require_finite,
-    trained_pairs,
-)
+from .pairs import pairs_with_gradients, trained_pairs
 
 
 # What the moments of pairs can be kept in, by the name that a config gives it.
@@ -105,7 +99,7 @@ class LoRAProAdamW(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """
-        Load a state; the moments take this optimizer's `state_dtype` and place.
+        Load a state. The moments take this optimizer's `state_dtype`, on the device where it keeps them.
 
         Raises:
             `ValueError`: naming the pair whose moments have the shape of another optimizer's.
@@ -121,10 +115,11 @@ class LoRAProAdamW(Optimizer):
                     _require_shape(pair, key, state[key])
                     moments.setdefault(pair.lora_A.weight, {})[key] = state[key]
         super().load_state_dict(state_dict)
-        # torch has cast them to the dtype and device of lora_A.
+        # torch has cast them to the dtype and device of lora_A, which rounds fp32 moments of bf16 factors. So they are
+        # taken from the state that was passed.
         for parameter, state in moments.items():
             for key, value in state.items():
-                self.state[parameter][key] = value.detach().to(**self._place(parameter), copy=True)
+                self.state[parameter][key] = value.detach().to(**self._moment_options(parameter), copy=True)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step. A `closure` is called once, before anything else."""
@@ -177,15 +172,17 @@ class LoRAProAdamW(Optimizer):
         # m <- beta1 m + (1 - beta1) G~, v <- beta2 v + (1 - beta2) G~^2
         m = first.to(G.device, G.dtype, non_blocking=True).lerp_(G, 1 - beta1)
         v = second.to(G.device, G.dtype, non_blocking=True).lerp_(G.mul_(G), 1 - beta2)
-        # U = (m / bias1) / (sqrt(v / bias2) + eps); the factor that is the same for a whole layer comes last
+        # U = (m / bias1) / (sqrt(v / bias2) + eps), into the buffer of G, which is free by now. What is the same all
+        # over a layer, sqrt(bias2) / bias1, is left to the small factors: one pass over U less.
         U = torch.div(m, torch.sqrt(v, out=G).add_(group["eps"] * bias2.sqrt()), out=G)
         for kept, value in ((first, m), (second, v)):
+            # `to` made a copy only where the dtype or the device is another one. Else the update was in place.
             if kept is not value:
                 store_moment(kept, value, counts)
         return project_step(batch, eigen, U, bias2.sqrt() / bias1, group["weight_decay"], shard)
 
     def _count(self, batch: PairBatch) -> list[float]:
-        """Count this step for every pair."""
+        """Count this step for every pair. Pairs may have missed some, so each has a count of its own."""
         for A in batch.weights_A:
             if "step" not in self.state[A]:
                 self.state[A]["step"] = torch.tensor(0.0)
@@ -193,8 +190,8 @@ class LoRAProAdamW(Optimizer):
         torch._foreach_add_(counts, 1.0)
         return [count.item() for count in counts]
 
-    def _place(self, parameter: Tensor) -> dict[str, Any]:
-        """Return dtype and device of a pair's moments; fp64 factors keep theirs in fp64 where fp32 is asked for."""
+    def _moment_options(self, parameter: Tensor) -> dict[str, Any]:
+        """Return dtype and device of a pair's moments. fp64 factors keep theirs in fp64 where fp32 is asked for."""
         keep = parameter.dtype == torch.float64 and self.state_dtype == torch.float32
         return {
             "dtype": torch.float64 if keep else self.state_dtype,
@@ -218,9 +215,10 @@ class LoRAProAdamW(Optimizer):
             return buffer
         # In the first step there are no moments yet. Later the views are gone whenever a state was loaded, or when the
         # batch has other members than before (a pair without a gradient): gather what there is into a new buffer.
-        place = self._place(factors[0])
-        pin = place["device"].type == "cpu" and factors[0].is_cuda  # or copies to the device would wait for each other
-        buffer = torch.zeros(shape, **place, pin_memory=pin)
+        options = self._moment_options(factors[0])
+        # Copies between a GPU and the host overlap with the computation only from pinned memory.
+        pin = options["device"].type == "cpu" and factors[0].is_cuda
+        buffer = torch.zeros(shape, **options, pin_memory=pin)
         for i, (A, part) in enumerate(zip(factors, slices, strict=True)):
             if part is not None:
                 buffer[i].copy_(part)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.layer import AdaptedLayer
-from ..adapters.storage import anchored_parameter_names, counted_gradients
+from ..adapters.storage import anchored_parameter_names, counted_norm
 from ..engines.parameters import read_parameter
 from ..engines.support import (
     loss_scale,
@@ -18,7 +18,8 @@ from ..engines.support import (
     steps_by_itself,
     write_gradient,
 )
-from .pairs import Correct, batch_pairs, correct_batch, each_corrected, trained_pairs
+from .batches import Correct, batch_pairs, correct_batch, each_corrected
+from .pairs import trained_pairs
 
 
 if TYPE_CHECKING:
@@ -27,15 +28,15 @@ if TYPE_CHECKING:
 
 class EngineStep:
     """
-    Clip, with the gradient of an anchored `A` counted once in the norm, and correct, before an engine steps.
+    Clip and correct gradients before an engine steps.
 
-    Both need whole gradients, which the processes gather: of every trained parameter for the norm, of the factors for
-    the correction. As elsewhere the clipping comes first.
+    The norm counts the gradient of an anchored `A` once. Both need whole gradients, so the processes gather them: of
+    every trained parameter for the norm, of the pairs for the correction. The clipping comes first, as elsewhere.
 
     Args:
         trainer: prepared, with an engine that steps by itself.
         model: the bare model.
-        pairs: the factors to correct; none for clipping alone.
+        pairs: to correct; none for clipping alone.
         correct: the correction of a batch of pairs.
 
     Attributes:
@@ -51,15 +52,17 @@ class EngineStep:
 
     @torch.no_grad()
     def run(self) -> None:
+        """Clip and correct once. The gradients of all accumulated passes are in place by then."""
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         gradients = {parameter: read_gradient(parameter) for parameter in trained}
-        counted = list(counted_gradients(self.model, gradients.get))
-        self.norm = torch.nn.utils.get_total_norm(counted) / loss_scale(self.trainer)
+        self.norm = counted_norm(self.model, gradients.get) / loss_scale(self.trainer)
         new = self._correct(gradients) if self.pairs else {}
+        # The correction is linear, so its outcome times the factor of the raw norm is what clipping before it gives.
         factor = 1.0
         if self.max_norm > 0:
             factor = min(1.0, self.max_norm / (self.norm.item() + 1e-6))
         for parameter, gradient in gradients.items():
+            # A write is a collective, so a gradient that stays as it is is left alone.
             value = new.get(parameter, gradient if factor < 1 else None)
             if value is not None:
                 write_gradient(parameter, value * factor)
@@ -79,7 +82,7 @@ class EngineStep:
 
 def install_engine_step(trainer: Trainer, model: nn.Module, correct: Correct | None) -> EngineStep | None:
     """
-    Put an [`EngineStep`] before the steps of the trainer's engine where one is needed.
+    Put an [`EngineStep`] before the steps of the trainer's engine, if that steps by itself and there is work for it.
 
     Args:
         trainer: prepared.

@@ -1,4 +1,4 @@
-"""The steps of LoRA-Pro's AdamW between the factors and the weight (arXiv 2407.18242, Algorithm 1). Pure maths."""
+"""Pure maths of LoRA-Pro's AdamW: from factors to the weight and back (arXiv 2407.18242, Algorithm 1)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..engines.parameters import RowShard
 from ..maths.lora_pro import GramEigen, apply_correction, cross_products, solve_correction
-from .pairs import PairBatch, correct_batch, stored_factors
+from .batches import PairBatch, correct_batch, stored_factors
 
 
 def equivalent_gradient(
@@ -18,9 +18,10 @@ def equivalent_gradient(
     """Return `G~ = s (B dA + dB A) = P_B G + (I - P_B) G P_A` of the pairs' gradients."""
     factors = batch.A, batch.B, batch.gA, batch.gB
     correction = solve_correction(eigen, *cross_products(*factors), batch.s)
-    # X cancels in the product: leave it out.
+    # s (B (dA + X A) + (dB - B X) A) has no X left in it. Leaving it out spares rounding.
     dA, dB = apply_correction(correction._replace(X=torch.zeros_like(correction.X)), *factors)
     s = batch.s[:, None, None].to(dA.dtype)
+    # B dA + dB A = [B, dB] [dA; A]: one product writes the large matrix once instead of twice.
     left = torch.cat([batch.B, dB], dim=2)
     return (left if rows is None else left[:, rows]) @ (s * torch.cat([dA, batch.A], dim=1))
 
@@ -35,12 +36,15 @@ def project_step(
 ) -> tuple[Tensor, Tensor]:  # dA (L, r, in), dB (L, out, r)
     """Return the factors' step along the `s (B dA + dB A)` nearest to `scale U + weight_decay D`, D the net delta."""
     A, B, s = batch.A, batch.B, batch.s[:, None, None].to(U.dtype)
+    # The nearest point is LoRA-Pro's correction once more, of the gradients that U would give: s B^T U and s U A^T.
     if shard is None:
         gA, gB = s * scale * (B.mT @ U), s * scale * (U @ A.mT)
     else:
+        # Each process has some rows of U. They add up in B^T U and lie below each other in U A^T.
         gA, gB = s * scale * shard.sum(B[:, shard.mine].mT @ U), s * scale * shard.join(U @ A.mT)
     if weight_decay != 0:
-        # D = s B A, in delta form s (B A - B0 A0); s B^T D and s D A^T without forming it
+        # D = s B A, in delta form s (B A - B0 A0), is `s stored_B stored_A`. Multiplied from the thin side it is never
+        # formed: s B^T D = s^2 (B^T stored_B) stored_A, s D A^T = s^2 stored_B (stored_A A^T).
         stored_A, stored_B = stored_factors(batch)
         gA += weight_decay * s**2 * (B.mT @ stored_B @ stored_A)
         gB += weight_decay * s**2 * (stored_B @ (stored_A @ A.mT))

@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 
 from ..maths.lora_pro import GramEigen
 from .adamw import LoRAProAdamW
+from .batches import PairBatch, correct_batch
 from .builders import BuildRequest, make_lora_plus, make_lora_pro_adamw, make_riemannian, require_adamw, wrap_lora_pro
-from .pairs import PairBatch, correct_batch
 from .wrapper import LoRAProOptimizer
 
 
@@ -48,6 +48,9 @@ class OptimizerEntry:
         steps_weight: whether its step is one of the weight, so that it wants learning rates of full fine-tuning.
         not_anchored: why it can't step anchored factors, and the way out; `None` where it can.
         check: refuses, before training, a trainer it can't be built for, given the trainer and the setting's name.
+
+    Raises:
+        `ValueError`: if `kind` is missing and an existing optimizer has to be known by it.
     """
 
     about: str
@@ -64,6 +67,14 @@ class OptimizerEntry:
     steps_weight: bool = False
     not_anchored: str | None = None
     check: Callable[[Trainer, str], None] | None = None
+
+    def __post_init__(self) -> None:
+        # Without it a second train() would wrap again, and the decay of the net update would be refused.
+        if self.kind is None and (self.wraps or self.decays_net_update):
+            raise ValueError(
+                f"OptimizerEntry {self.about!r}: kind is missing. An optimizer that wraps another one, or that decays "
+                "the net update, is known by its class."
+            )
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .pairs import (
-    batch_pairs,
-    each_corrected,
-    pairs_with_gradients,
-    require_finite,
-    trained_pairs,
-)
+from .batches import batch_pairs, each_corrected, require_finite
+from .pairs import pairs_with_gradients, trained_pairs
 
 
 _SHARED_HOOKS = (
@@ -62,8 +57,9 @@ class LoRAProOptimizer(Optimizer):
         self.inner = inner
         self.model = model
         self.error_if_nonfinite = error_if_nonfinite
-        # Optimizer.__init__ would make groups and state of its own; this sets up its hooks only.
+        # Optimizer.__init__ would make groups and a state of its own beside those of `inner`. This sets up hooks only.
         super().__setstate__({})
+        # Hooks on state_dict() are called by `inner`, whose state_dict() it is. So both share the same hooks.
         self.__dict__.update({name: getattr(inner, name) for name in _SHARED_HOOKS})
         self.pairs = trained_pairs(model, inner.param_groups, "LoRAProOptimizer")
 
@@ -136,6 +132,7 @@ class LoRAProOptimizer(Optimizer):
 
     @contextmanager
     def _corrected(self) -> Iterator[None]:
+        """Put the corrected gradients in the place of the pairs' own, and give those back, also after an error."""
         raw: list[tuple[nn.Parameter, Tensor | None]] = []
         try:
             for parameter, gradient in self._corrections():
