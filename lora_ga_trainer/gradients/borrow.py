@@ -101,7 +101,9 @@ def preserved_attributes(trainer: Trainer) -> Iterator[None]:
 
 
 def copy_containers(value: Any) -> Any:
-    """Copy dicts, lists, deques and sets inside each other, and nothing else; a `defaultdict` keeps its factory."""
+    """Copy dicts, lists, tuples, deques and sets inside each other, not what they hold; a `defaultdict` stays one."""
+    if type(value) is tuple:
+        return tuple(map(copy_containers, value))
     if not isinstance(value, (dict, list, deque, set)):
         return value
     new = copy.copy(value)
