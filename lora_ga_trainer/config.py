@@ -78,7 +78,8 @@ class LoRAGAConfig:
     Args:
         init: Where the adapter starts: a name of the registry `INITS`, or 'none' (PEFT's own start; the trainer is
             then transformers.Trainer to the bit, unless head_warmup_steps, a correction or another optimizer is set).
-        num_samples: Training examples that the gradient is averaged over, counted over all processes.
+        num_samples: Training examples that the gradient is averaged over, counted over all processes. Micro-batches
+            are used whole, so it may be a few more; the report says how many.
         direction: LoRA-GA: which of the top 2r singular pairs of the gradient go to A and which to B. 'ArB2r': A the
             first r, B the next r; 'A2rBr': the reverse; 'ArBr': alternating; 'random': a seeded split.
         scale: LoRA-GA: the common length c of the rows of A0 and the columns of B0. 'stable': out^(1/4)/sqrt(gamma);

@@ -139,15 +139,34 @@ def test_losses_are_those_of_one_process(engine: str, single: Any, ranks: Any) -
         assert run == "exact" or moved > 1e-3, "the correction must make a difference that this test would see"
 
 
-def test_repeated_samples_do_not_count(ranks: Any, single: Any) -> None:
-    """11 samples in rounds of 4: `even_batches` repeats one, and the micro-batches of an accumulation differ."""
-    ours, one = ranks[0]["sketch"], single["sketch"]
-    assert ours["sketched"] == one["sketched"] > 0
-    assert (ours["samples"], ours["items"]) == (one["samples"], one["items"]) == (ROWS, one["items"])
-    assert ours["loss_before"] == pytest.approx(one["loss_before"], abs=1e-5)
-    for name, stored in one["start"].items():
-        gram = (lambda t: t.T @ t) if "lora_A" in name else (lambda t: t @ t.T)
-        assert (gram(ours["start"][name]) - gram(stored)).norm() <= 1e-4 * gram(stored).norm(), name
+def test_a_batch_with_repeats_counts_by_its_own_samples(folder: Path, engine: str, ranks: Any, single: Any) -> None:
+    """
+    11 samples in rounds of 4: `even_batches` gives the second process sample 0 again beside its own 10.
+
+    Its micro-batch keeps its mean loss and counts for half of its items. One process repeats nothing.
+    """
+    rows = tiny.causal_rows(ROWS)
+    labels = [int(row["labels"][1:].ne(-100).sum()) for row in rows]
+    ours, one = ranks[0]["repeats"], single["repeats"]
+    assert ours["samples"] == one["samples"] == ROWS
+    assert one["items"] == sum(labels)
+    assert ours["items"] == sum(labels[:10]) + (labels[10] + labels[0]) / 2
+    batches = [([number], 1.0) for number in range(10)] + [([10, 0], 0.5)]
+    model = LlamaForCausalLM.from_pretrained(folder / "base")
+    found = {name: G.double() for name, G in load_file(folder / f"{engine}-repeats.safetensors").items()}
+
+    def weighted() -> Tensor:
+        total = torch.zeros(())
+        for numbers, share in batches:
+            batch = {key: torch.stack([rows[n][key] for n in numbers]) for key in ("input_ids", "labels")}
+            logits = model(input_ids=batch["input_ids"]).logits[:, :-1].flatten(0, 1)
+            targets = batch["labels"][:, 1:].flatten()
+            total = total + share * torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+        return total / ours["items"]
+
+    names = {key.partition("|")[0]: key for key in found}
+    for name, G in reference.whole_sample_gradient(model, list(names), weighted).items():
+        assert (found[names[name]] - G).norm() < 2e-6 * G.norm(), name
 
 
 @pytest.mark.parametrize("moment", ["start", "end"])
@@ -168,7 +187,7 @@ def test_the_probe_leaves_no_trace(ranks: Any) -> None:
 
 
 def test_sketches_are_summed_once_a_turn_and_their_bytes_are_reported(ranks: Any) -> None:
-    """11 samples turn after 2 and 5 of them: one large all-reduce each, and one at the end, however many layers."""
+    """11 samples in rounds of 4 turn after 4 and 8: one large all-reduce each, and one at the end."""
     found = ranks[0]["sketch"]
     *turns, last = [count for count in found["reductions"] if count > 1000]
     assert len(turns) == 2

@@ -289,16 +289,16 @@ def test_fp16_overflow_lowers_the_loss_scale(tmp_path: Any) -> None:
     assert_equal_gradients(found, true, rtol=0.02)
 
 
-def test_num_samples_cuts_inside_a_batch(tmp_path: Any) -> None:
+def test_num_samples_is_reached_at_the_end_of_a_batch(tmp_path: Any) -> None:
     rows = tiny.causal_rows(16)
     plain = tiny.llama().eval()
     trainer = in_order(rows, tmp_path, tiny.with_lora(tiny.llama()), per_device_train_batch_size=4)
     estimate = estimate_gradients(trainer, exact(num_samples=6), find_adapted_layers(trainer.model))
     found = {name: estimator.state()["G"].double() for name, estimator in estimate.estimators.items()}
-    assert estimate.samples == 6
-    assert estimate.items == sum(int(row["labels"][1:].ne(-100).sum()) for row in rows[:6])
+    assert estimate.samples == 8
+    assert estimate.items == sum(int(row["labels"][1:].ne(-100).sum()) for row in rows[:8])
     assert_equal_gradients(
-        found, reference.whole_sample_gradient(plain, list(found), lambda: causal_loss(plain, rows[:6]))
+        found, reference.whole_sample_gradient(plain, list(found), lambda: causal_loss(plain, rows[:8]))
     )
 
 

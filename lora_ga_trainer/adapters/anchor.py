@@ -17,7 +17,7 @@ Fused experts store one such pair an expert, in the layout of `lora_ga_trainer.a
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -27,10 +27,6 @@ from torch import Tensor, nn
 from .find import active_adapter
 from .layer import AdaptedLayer
 from .storage import AnchoredParamWrapper, join_A, join_B, split_A, split_B
-
-
-if TYPE_CHECKING:
-    pass
 
 
 def expand_adapter(model: PeftModel, layers: list[AdaptedLayer]) -> None:

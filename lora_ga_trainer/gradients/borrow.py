@@ -91,7 +91,7 @@ def preserved_attributes(trainer: Trainer) -> Iterator[None]:
     before = vars(trainer).copy()
     for name, value in before.items():
         if name.startswith("_"):
-            setattr(trainer, name, _copy_containers(value))
+            setattr(trainer, name, copy_containers(value))
     try:
         with attribute(trainer.state, "num_input_tokens_seen", trainer.state.num_input_tokens_seen):
             yield
@@ -100,16 +100,18 @@ def preserved_attributes(trainer: Trainer) -> Iterator[None]:
         vars(trainer).update(before)
 
 
-def _copy_containers(value: Any) -> Any:
-    """Copy dicts, lists, deques and sets inside each other, and nothing else; a `defaultdict` keeps its factory."""
+def copy_containers(value: Any) -> Any:
+    """Copy dicts, lists, tuples, deques and sets inside each other, not what they hold; a `defaultdict` stays one."""
+    if type(value) is tuple:
+        return tuple(map(copy_containers, value))
     if not isinstance(value, (dict, list, deque, set)):
         return value
     new: Any = copy.copy(value)
     if isinstance(value, dict):
-        new.update((key, _copy_containers(item)) for key, item in value.items())
+        new.update((key, copy_containers(item)) for key, item in value.items())
     elif not isinstance(value, set):
         for index, item in enumerate(value):
-            new[index] = _copy_containers(item)
+            new[index] = copy_containers(item)
     return new
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..engines.collectives import mean_over_processes, sum_over_processes
-from .samples import IGNORED_LABEL, Piece, count_tokens
+from .samples import IGNORED_LABEL, MicroBatch, count_tokens
 
 
 if TYPE_CHECKING:
@@ -36,19 +36,19 @@ class Counts:
     items: float = 0.0
     tokens: int = 0
     loss_sum: float = 0.0
-    first_batch: dict[str, Any] | None = None
+    first_batch: Any = None
     first_items: float = 0.0
     first_loss: float = math.nan
 
-    def add(self, piece: Piece, items: float, loss: float) -> None:
-        """Count a piece whose mean loss over `items` items is `loss`; 0 items if it does not count here."""
-        self.samples += piece.samples
+    def add(self, micro_batch: MicroBatch, weight: float, loss: float) -> None:
+        """Count a micro-batch of the mean loss `loss` over its items, of which `weight` count."""
+        self.samples += micro_batch.samples
         if self.first_batch is None:
-            self.first_batch, self.first_items, self.first_loss = piece.batch, items, loss
-        if items > 0:
-            self.items += items
-            self.loss_sum += loss * items
-            self.tokens += count_tokens(piece.batch)
+            self.first_batch, self.first_items, self.first_loss = micro_batch.batch, weight, loss
+        if weight > 0:
+            self.items += weight
+            self.loss_sum += loss * weight
+            self.tokens += round(count_tokens(micro_batch.batch) * micro_batch.share)
 
     def sum_over(self, trainer: Trainer) -> None:
         """

@@ -23,7 +23,7 @@ class GradientEstimate:
     Args:
         estimators: the accumulators, one per adapted layer, of fused experts one each, by name, holding
             `G = dL/dW (out, in)` of the item-weighted mean loss.
-        samples: examples used, over all processes.
+        samples: examples used, over all processes: those asked for, and what is left of the last micro-batches.
         items: what the loss is a mean over (label tokens, or examples), over all processes.
         tokens: input tokens that passed through the model, over all processes.
         loss: mean loss over all items; NaN for an estimate read from a file.
@@ -45,7 +45,7 @@ class GradientEstimate:
     bytes_sent: int = 0
     unreached: list[str] = field(default_factory=list)
     moments: dict[str, LayerMoments] = field(default_factory=dict)
-    first_batch: dict[str, Any] | None = None
+    first_batch: Any = None
     first_items: float = 0.0
     first_loss: float = math.nan
 

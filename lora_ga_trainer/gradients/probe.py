@@ -22,7 +22,7 @@ from .collector import POISON_ADVICE, Collector
 from .counting import Counts
 from .estimate import GradientEstimate, NonFiniteGradient, require_reached
 from .failing import failing_together
-from .samples import Piece, count_items, mean_loss, require_rewindable, sample_pieces
+from .samples import MicroBatch, count_items, mean_loss, micro_batches, require_rewindable
 from .sketch import turning_points
 
 
@@ -46,9 +46,13 @@ def estimate_gradients(
     Estimate `G = dL/dW` of every layer over the first `config.num_samples` examples of the training data.
 
     Batches come from the trainer's own train dataloader and the loss from its own `compute_loss`. Each micro-batch is
-    given its own item count (label tokens, or examples where labels are per example) and weighted by it, so `G` is the
-    gradient of the mean over all items of all processes, whatever the micro-batch size, the accumulation and the
-    number of processes. Sums are kept in fp32. Nothing of the trainer, the model or the data order changes.
+    given its own item count (label tokens, or examples where labels are per example) and weighted by it: `G` is the
+    gradient of `sum items_i loss_i / sum items_i` over the micro-batches of all processes. Micro-batches are never
+    cut, so the last ones may hold a few samples more than asked for. Where the loss of a row does not depend on the
+    other rows, `G` is the same for every micro-batch size, accumulation and number of processes. Where it does
+    (in-batch negatives, batch norms), `G` is that of the batches that are trained on. A micro-batch that
+    `even_batches` filled up with repeats counts by the share of its own samples. Sums are kept in fp32. Nothing of the
+    trainer, the model or the data order changes.
 
     Args:
         trainer: a trainer whose model is prepared (any time after `on_train_begin`).
@@ -110,28 +114,28 @@ class _Probe:
         return self._result(unreached, time.perf_counter() - start)
 
     def _pass(self, bar: tqdm) -> None:
-        """Run every sample once; sketches turn at their turning points."""
-        samples = self.config.num_samples
-        bounds = turning_points(samples) if self.collector.sketches else [samples]
-        part = 0
-        for number, piece in enumerate(sample_pieces(self.trainer, bounds)):
-            if piece.part > part:
+        """Run every sample once; sketches turn at the first end of a round at or after a turning point."""
+        points = turning_points(self.config.num_samples) if self.collector.sketches else []
+        for number, micro_batch in enumerate(micro_batches(self.trainer, self.config.num_samples)):
+            passed = [point for point in points if point <= self.counts.samples]
+            if passed:
+                # Several points may lie in one micro-batch. Nothing was seen between them, so one turn does for all.
                 self.collector.turn()
-                part = piece.part
+                points = points[len(passed) :]
             with failing_together(self.trainer, number):
-                self._step(number, piece)
-            bar.update(piece.samples)
+                self._step(number, micro_batch)
+            bar.update(micro_batch.samples)
 
-    def _step(self, number: int, piece: Piece) -> None:
-        items = count_items(self.trainer, piece)
-        loss = mean_loss(self.trainer, self.model, piece.batch, items)
-        share = 1.0 if piece.mine > 0 else 0.0
-        items, value = items * share, loss.item()
-        if items > 0 and not math.isfinite(value):
+    def _step(self, number: int, micro_batch: MicroBatch) -> None:
+        items = count_items(self.trainer, micro_batch)
+        loss = mean_loss(self.trainer, self.model, micro_batch.batch, items)
+        share = micro_batch.share
+        weight, value = items * share, loss.item()
+        if weight > 0 and not math.isfinite(value):
             raise NonFiniteGradient(f"Probe batch {number}: the loss is {value}. {POISON_ADVICE}")
         # A batch that does not count runs all the same: sharded models need every process in every pass.
-        self.collector.collect(loss, items, share, number)
-        self.counts.add(piece, items, value)
+        self.collector.collect(loss, weight, share, number)
+        self.counts.add(micro_batch, weight, value)
 
     def _result(self, unreached: list[str], seconds: float) -> GradientEstimate:
         counts = self.counts

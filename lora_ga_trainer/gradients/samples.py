@@ -1,19 +1,19 @@
-"""Training samples outside training: taken from the trainer's own dataloader, cut, counted, and their loss."""
+"""Micro-batches outside training: taken whole from the trainer's own dataloader, counted, and their loss."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import find_batch_size
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from ..engines.collectives import gather_integers
 from ..engines.devices import preserved_rng
-from .borrow import attribute, switch_off_grad
+from .borrow import attribute, copy_containers, switch_off_grad
 
 
 if TYPE_CHECKING:
@@ -25,37 +25,24 @@ _SAMPLES = "lora_ga_samples"
 
 
 @dataclass
-class Piece:
+class MicroBatch:
     """
-    Part of one micro-batch of this process.
+    One micro-batch of this process, as the trainer trains on it, never cut.
+
+    A loss may look at its batch as a whole (in-batch negatives, batch norms), so a part of it is another loss.
 
     Args:
-        batch: what the loss takes, prepared by the trainer, cut to the samples of this piece. A process that has none
-            left runs a sample that does not count, because sharded models need every process in every pass.
-        mine: samples of this process in the piece.
-        samples: samples of all processes in the piece.
-        part: which of the parts given by the bounds the piece belongs to.
+        batch: what the loss takes, prepared by the trainer. A process that has none left runs its last one again,
+            which does not count, because sharded models need every process in every pass.
+        size: samples that it was made of.
+        share: of them that counts: 1, 0, or in between where `even_batches` filled it up with repeats.
+        samples: of all processes, repeats left out.
     """
 
-    batch: dict[str, Any]
-    mine: int
-    samples: int
-    part: int
-
-
-@dataclass
-class _MicroBatch:
-    """A prepared micro-batch, how many samples it was made of, and whether it can be cut between them."""
-
-    batch: Mapping[str, Any]
+    batch: Any
     size: int
-    cuttable: bool
-
-    def take(self, low: int, high: int) -> dict[str, Any]:
-        """Return samples `low` to `high`, or the first one if there are none of them; whole if it can't be cut."""
-        if not self.cuttable or (low, high) == (0, self.size):
-            return dict(self.batch)
-        return take(self.batch, *((low, high) if high > low else (0, 1)), self.size)
+    share: float
+    samples: int
 
 
 class _CountingCollator:
@@ -77,20 +64,24 @@ class _CountingCollator:
         return batch
 
 
-def sample_pieces(trainer: Trainer, bounds: Sequence[int]) -> Iterator[Piece]:
+def micro_batches(trainer: Trainer, num_samples: int) -> Iterator[MicroBatch]:
     """
-    Yield the first `bounds[-1]` samples of the training data, split into parts at the `bounds`.
+    Yield micro-batches of the training data until at least `num_samples` samples have passed. Collective.
 
-    Samples are numbered over all processes in the order of training: those of rank 0 of the first round of
-    micro-batches, then of rank 1, and so on. A micro-batch that a bound falls into is cut there, so the parts do not
-    depend on the micro-batch size or the number of processes. Samples that `even_batches` repeats to fill the last
-    round do not count. A micro-batch that can't be cut counts whole, in the part of its first sample: its tensors do
-    not share a batch dimension, or its rows are not its samples (packed into one row, two rows a pair, or made by the
-    trainer itself from what the data loader gave).
+    Samples are counted over all processes, and the end is where a round of micro-batches, one a process, ends. A
+    collator may pack samples into one row or make two rows of one; what counts is what it was given. Where the trainer
+    makes the samples itself, rows count.
+
+    `even_batches` fills the last round up with samples that the data begins with. They can't be taken out of a loss
+    that looks at its batch as a whole, so a micro-batch of which a part is repeats counts for that much less: the mean
+    over its items is kept and its weight is that of its own samples. One that is all repeats counts for nothing.
 
     Args:
         trainer: its `get_train_dataloader()` is called once.
-        bounds: increasing sample numbers at which the parts end.
+        num_samples: at least this many, if the data has them.
+
+    Raises:
+        `ValueError`: if the data loader has nothing for a process from the start, and something for others.
     """
     with attribute(trainer, "data_collator", _CountingCollator(trainer.data_collator)):
         loader = trainer.get_train_dataloader()
@@ -98,38 +89,59 @@ def sample_pieces(trainer: Trainer, bounds: Sequence[int]) -> Iterator[Piece]:
         loader.set_epoch(0)
     rank, taken, last = trainer.accelerator.process_index, 0, None
     batches = iter(loader)
-    while taken < bounds[-1]:
+    while taken < num_samples:
         batch = next(batches, None)
         last = last if batch is None else _prepare(trainer, batch)
-        size = 0 if batch is None or last is None else last.size
-        everyone = gather_integers(trainer, size, int(batch is None or last is None or last.cuttable))
-        sizes, cuttable = [row[0] for row in everyone], all(row[1] for row in everyone)
+        of_processes = gather_integers(trainer, 0 if batch is None or last is None else last[1], int(last is not None))
+        sizes = [size for size, _ in of_processes]
         real = _real_samples(loader, sum(sizes))
-        if real == 0 or last is None:
+        if real == 0:
             return
-        first_of_mine = taken + sum(sizes[:rank])
-        ends = [min(bound, taken + real) for bound in bounds] if cuttable else [taken + real] * len(bounds)
-        start = taken
-        for part, end in enumerate(ends):
-            if end <= start or (not cuttable and start >= bounds[part]):
-                continue
-            low = min(max(start - first_of_mine, 0), size)
-            high = min(max(end - first_of_mine, 0), size)
-            yield Piece(last.take(low, high), mine=high - low, samples=end - start, part=part)
-            start = end
+        if last is None or not all(
+            has_any for _, has_any in of_processes
+        ):  # told to all, so that none waits for the others
+            raise ValueError(
+                f"The train dataloader gave {sizes} samples to the processes: one has nothing to run. Use fewer "
+                "processes, or more data."
+            )
+        size = sizes[rank]
+        own = min(max(real - sum(sizes[:rank]), 0), size)  # repeats stand at the end of the round
+        yield MicroBatch(last[0], size=size, share=own / size if size else 0.0, samples=real)
         taken += real
         _count_step(trainer)
 
 
-def _prepare(trainer: Trainer, batch: Any) -> _MicroBatch:
-    """Let the trainer prepare a micro-batch as it does in a step of training."""
-    samples = batch.pop(_SAMPLES, None) if isinstance(batch, MutableMapping) else None
+def _prepare(trainer: Trainer, batch: Any) -> tuple[Any, int]:
+    """Let the trainer prepare a micro-batch as it does in a step of training; return its samples' number, too."""
+    counted = batch.pop(_SAMPLES, None) if isinstance(batch, MutableMapping) else None
     inputs = trainer._prepare_inputs(batch)
-    rows = find_batch_size(inputs)
-    if not isinstance(batch, Mapping):
-        return _MicroBatch(inputs, rows, cuttable=False)
-    size = rows if samples is None else len(samples)
-    return _MicroBatch(inputs, size, cuttable=size == rows and is_cuttable(inputs, size))
+    return inputs, _count_rows(inputs) if counted is None else len(counted)
+
+
+def _count_rows(inputs: Any) -> int:
+    """
+    Count the rows of inputs that no collator has counted.
+
+    Raises:
+        `ValueError`: if there is nothing in them that has rows.
+    """
+    rows = _rows(inputs)
+    if rows is None:
+        raise ValueError(
+            f"The batches of the train dataloader ({type(inputs).__name__}) hold no tensor or list to count samples "
+            "by. Let the data collator return a dict."
+        )
+    return rows
+
+
+def _rows(value: Any) -> int | None:
+    """Return the length of the first tensor, or of the first list of samples or words; `None` where there is none."""
+    if isinstance(value, Tensor):
+        return value.shape[0] if value.dim() > 0 else None
+    if isinstance(value, list) and not any(isinstance(entry, Tensor) for entry in value):
+        return len(value)
+    entries = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    return next((rows for rows in map(_rows, entries) if rows is not None), None)
 
 
 def _count_step(trainer: Trainer) -> None:
@@ -145,45 +157,28 @@ def _real_samples(loader: DataLoader, seen: int) -> int:
     return min(seen, remainder) if at_end and remainder > 0 else seen
 
 
-def is_cuttable(batch: Mapping[str, Any], size: int) -> bool:
-    """Tell whether every tensor and list of the batch has one entry a sample."""
-    lengths = [_length(value) for value in batch.values()]
-    return all(length in (None, size) for length in lengths)
-
-
-def _length(value: Any) -> int | None:
-    if isinstance(value, Tensor):
-        return value.shape[0] if value.dim() > 0 else None
-    return len(value) if isinstance(value, (list, tuple)) else None
-
-
-def take(batch: Mapping[str, Any], low: int, high: int, size: int) -> dict[str, Any]:
-    """Return samples `low` to `high` of a batch of `size`; values without a batch dimension are kept."""
-    return {
-        key: value[low:high] if _length(value) == size and (low, high) != (0, size) else value
-        for key, value in batch.items()
-    }
-
-
-def count_items(trainer: Trainer, piece: Piece) -> float:
+def count_items(trainer: Trainer, micro_batch: MicroBatch) -> float:
     """
-    Count what the loss of this piece is a mean over: labels that are not ignored, or samples where there are no
+    Count what the loss of a micro-batch is a mean over: labels that are not ignored, or samples where there are no
     labels.
 
     Counts as the Trainer does: causal losses shift their labels, so the first of each row is no target.
     """
-    labels = piece.batch.get("shift_labels")
-    if labels is None and "labels" in piece.batch:
-        labels = piece.batch["labels"]
+    batch = micro_batch.batch if isinstance(micro_batch.batch, Mapping) else {}
+    labels = batch.get("shift_labels")
+    if labels is None and "labels" in batch:
+        labels = batch["labels"]
         if isinstance(labels, Tensor) and getattr(trainer, "_loss_shifts_labels", False):
             labels = labels[..., 1:]
     if isinstance(labels, Tensor):
         return float(labels.ne(IGNORED_LABEL).sum().item())
-    return float(piece.mine)
+    return float(micro_batch.size)
 
 
-def count_tokens(batch: Mapping[str, Any]) -> int:
+def count_tokens(batch: Any) -> int:
     """Count the input tokens of a batch, padding left out where a mask tells it; 0 where inputs are not tokens."""
+    if not isinstance(batch, Mapping):
+        return 0
     for names in (("attention_mask",), ("prompt_mask", "completion_mask")):  # TRL keeps what a model wrote apart
         if all(isinstance(batch.get(name), Tensor) for name in names):
             return sum(int(batch[name].ne(0).sum().item()) for name in names)
@@ -191,7 +186,7 @@ def count_tokens(batch: Mapping[str, Any]) -> int:
     return tokens.numel() if isinstance(tokens, Tensor) else 0
 
 
-def mean_loss(trainer: Trainer, model: nn.Module, batch: Mapping[str, Any], items: float) -> Tensor:  # ()
+def mean_loss(trainer: Trainer, model: nn.Module, batch: Any, items: float) -> Tensor:  # ()
     """
     Compute the trainer's own loss of one prepared micro-batch, a mean over its `items`, with the graph attached.
 
@@ -203,9 +198,9 @@ def mean_loss(trainer: Trainer, model: nn.Module, batch: Mapping[str, Any], item
     divisor = torch.tensor(max(items, 1.0), device=trainer.args.device)
     with trainer.compute_loss_context_manager():
         try:
-            loss = trainer.compute_loss(model, dict(batch), num_items_in_batch=divisor)
+            loss = trainer.compute_loss(model, _lent(batch), num_items_in_batch=divisor)
         except ValueError as error:
-            if "labels" in batch or "did not return a loss" not in str(error):
+            if "did not return a loss" not in str(error) or not isinstance(batch, Mapping) or "labels" in batch:
                 raise
             raise ValueError(
                 f"The train dataset has no labels: its batches hold {sorted(batch)} and the model returned no loss. "
@@ -213,6 +208,16 @@ def mean_loss(trainer: Trainer, model: nn.Module, batch: Mapping[str, Any], item
             ) from error
     switch_off_grad(model)
     return loss.mean()
+
+
+def _lent(batch: Any) -> Any:
+    """Return a copy that a loss may take entries out of, also of dicts inside it; the tensors are the same."""
+    if not isinstance(batch, MutableMapping):
+        return copy_containers(batch)
+    lent = copy.copy(batch)
+    for key, value in batch.items():
+        lent[key] = copy_containers(value)
+    return lent
 
 
 def require_rewindable(trainer: Trainer) -> None:
@@ -235,7 +240,7 @@ def require_rewindable(trainer: Trainer) -> None:
         )
 
 
-def _first_batch(trainer: Trainer) -> Mapping[str, Any] | None:
+def _first_batch(trainer: Trainer) -> Any:
     with preserved_rng():
         return next(iter(trainer.get_train_dataloader()), None)
 
@@ -245,4 +250,6 @@ def _equal(a: Any, b: Any) -> bool:
         return isinstance(b, Tensor) and a.shape == b.shape and torch.equal(a, b)
     if isinstance(a, Mapping):
         return isinstance(b, Mapping) and a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return type(a) is type(b) and len(a) == len(b) and all(map(_equal, a, b))
     return bool(a == b)

@@ -46,11 +46,9 @@ def newest_complete_checkpoint(trainer: Trainer) -> str | None:
     Returns:
         Its folder; `None` where no checkpoint is complete.
 
-    Example:
-        ```python
-        # Where no checkpoint is complete this trains from the beginning.
+    This trains from the beginning where no checkpoint is complete:
+
         trainer.train(resume_from_checkpoint=newest_complete_checkpoint(trainer))
-        ```
     """
     for folder in gather_object([_checkpoints(trainer.args.output_dir)])[0]:
         problem = _problem(trainer, folder)

@@ -17,7 +17,7 @@ from ..engines.collectives import mean_over_processes, sum_over_processes
 from ..engines.parameters import read_parameter, write_parameters
 from ..engines.support import probed_module
 from ..gradients.borrow import borrowed
-from ..gradients.samples import Piece, count_items, mean_loss, sample_pieces
+from ..gradients.samples import MicroBatch, count_items, mean_loss, micro_batches
 
 
 if TYPE_CHECKING:
@@ -101,12 +101,13 @@ class _Heads:
     def train(self, steps: int, per_step: int) -> None:
         done = 0
         while done < steps:
-            before = done
-            for piece in sample_pieces(self.trainer, [per_step * n for n in range(1, steps - done + 1)]):
-                if piece.part > done - before:
+            before, seen = done, 0
+            for micro_batch in micro_batches(self.trainer, per_step * (steps - done)):
+                if seen >= per_step * (done - before + 1):
                     self._step()
                     done += 1
-                self._accumulate(piece)
+                self._accumulate(micro_batch)
+                seen += micro_batch.samples
             pending = mean_over_processes(self.trainer, 1.0, self.items) > 0  # nan where no process has an item
             if pending and done < steps:
                 self._step()
@@ -114,14 +115,15 @@ class _Heads:
             if done == before:
                 raise ValueError("head_warmup_steps: the train dataloader gave no sample with a label.")
 
-    def _accumulate(self, piece: Piece) -> None:
-        """Add the gradient of the summed loss of one piece; every process runs it, whether it has samples or not."""
-        items = count_items(self.trainer, piece) if piece.mine > 0 else 0.0
-        loss = mean_loss(self.trainer, self.model, piece.batch, items) * items
+    def _accumulate(self, micro_batch: MicroBatch) -> None:
+        """Add the gradient of one micro-batch's summed loss; every process runs one, whether it counts or not."""
+        items = count_items(self.trainer, micro_batch)
+        weight = items * micro_batch.share
+        loss = mean_loss(self.trainer, self.model, micro_batch.batch, items) * weight
         gradients = torch.autograd.grad(loss, self.copies, allow_unused=True)
-        if items == 0:
+        if weight == 0:
             return
-        self.items += items
+        self.items += weight
         for total, gradient in zip(self.sums, gradients, strict=True):
             if gradient is not None:
                 total.add_(gradient)

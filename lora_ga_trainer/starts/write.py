@@ -32,10 +32,8 @@ def write_start(
         layer: one of [`find_adapted_layers`].
         B0, A0: the same on every process.
 
-    Example:
-        ```python
-        for layer, report in zip(find_adapted_layers(model), trainer.lora_ga_report.layers, strict=True):
-            write_start(trainer, layer, torch.zeros(layer.shape[0], report.rank), my_rows(layer, report.rank))
-        ```
+    A plain start with rows of your own in `A`, for each layer of [`find_adapted_layers`]:
+
+        write_start(trainer, layer, torch.zeros(layer.shape[0], layer.rank), rows)
     """
     write_parameters(trainer, start_values(layer, B0, A0))
