@@ -187,7 +187,7 @@ def test_the_probe_leaves_no_trace(ranks: Any) -> None:
 
 
 def test_sketches_are_summed_once_a_turn_and_their_bytes_are_reported(ranks: Any) -> None:
-    """11 samples in rounds of 4 turn after a look at 4, after 4 and after 8: a large all-reduce each and a last one."""
+    """11 samples in rounds of 4 turn after a look at 4, after 4 and after 8: one large all-reduce each, one last."""
     found = ranks[0]["sketch"]
     *turns, last = [count for count in found["reductions"] if count > 1000]
     assert len(turns) == 3
