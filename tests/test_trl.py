@@ -339,7 +339,9 @@ def test_grpo_writes_each_completion_once_and_gives_the_policy_gradient(
     assert estimate.samples == 12
     assert any(e.sketched for e in estimate.estimators.values()) == (estimator == "sketch")
     texts = [str(inputs["completion_ids"].tolist()) for inputs in slices]
-    assert len(texts) == len(set(texts)) == 3, "three different slices"
+    looked = estimator == "sketch"  # 4 of 12 samples are more than a quarter: the first slice is run twice
+    assert len(set(texts)) == 3, "three different slices"
+    assert texts[looked:] == list(dict.fromkeys(texts))
     assert len(written) == 2
     if estimator == "sketch":
         return

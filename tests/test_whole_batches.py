@@ -183,12 +183,16 @@ def test_several_images_a_row_stay_with_their_row(size: int, tmp_path: Any) -> N
 def test_sketches_turn_at_the_end_of_the_batch_that_a_turning_point_falls_into(
     tmp_path: Any, monkeypatch: Any
 ) -> None:
-    """16 samples turn after 1, 4 and 8; in batches of 3 that is after 3, 6 and 9, in one batch never."""
+    """
+    16 samples turn after 1, 4 and 8; in batches of 3 that is after 3, 6 and 9.
+
+    A first batch of more than a quarter is run once beforehand, for its directions: 8 of 16, and all of them.
+    """
     from lora_ga_trainer.gradients import collector
 
     turned = []
     monkeypatch.setattr(collector.Collector, "turn", lambda self: turned.append(calls[0]))
-    for size, expected in ((1, [1, 4, 8]), (3, [3, 6, 9]), (8, [8]), (16, [])):
+    for size, expected in ((1, [1, 4, 8]), (3, [3, 6, 9]), (8, [8, 16]), (16, [16])):
         turned.clear()
         trainer = make(tmp_path, tiny.with_lora(tiny.llama(hidden_size=64), r=1), tiny.causal_rows(16), size)
         calls, compute = [0], trainer.compute_loss
@@ -202,3 +206,23 @@ def test_sketches_turn_at_the_end_of_the_batch_that_a_turning_point_falls_into(
         estimate = estimate_gradients(trainer, LoRAGAConfig(num_samples=16, sketch_size=2))
         assert any(found.sketched for found in estimate.estimators.values())
         assert turned == expected, size
+
+
+def test_a_batch_that_is_looked_at_first_counts_once(tmp_path: Any) -> None:
+    """The last 16 columns of a sketch gather every sample: they are `G` times Gaussians, and so is an exact layer."""
+    rows = tiny.causal_rows(8)
+    model = lambda: tiny.with_lora(tiny.llama(hidden_size=64), r=1)
+    true, counts = probe(make(tmp_path, model(), rows, 8), 8)
+    trainer = make(tmp_path, model(), rows, 8)
+    trainer.model_wrapped = trainer.accelerator.prepare_model(trainer.model)
+    estimate = estimate_gradients(trainer, LoRAGAConfig(num_samples=8, sketch_size=6))
+    assert (estimate.samples, estimate.items, estimate.tokens) == (counts.samples, counts.items, counts.tokens)
+    assert {found.sketched for found in estimate.estimators.values()} == {True, False}
+    for name, found in estimate.estimators.items():
+        G, state = true[name], {key: value.double() for key, value in found.state().items()}
+        if not found.sketched:
+            assert (state["G"] - G).norm() < 1e-6 * G.norm(), name
+            continue
+        expected = G @ state["Omega"]  # the first columns are directions: of one batch they saw all as well
+        assert (state["Y"] - expected).norm() < 1e-5 * expected.norm(), name
+        assert not state["S"].any()

@@ -56,6 +56,7 @@ class Collector:
         self.moment_sums = make_moment_sums(config, layers)
         self.weight = self.share = 0.0
         self.bytes_sent = 0
+        self._looking = False
         self._hits = dict.fromkeys((layer.name for layer in layers), 0)
         self._met: dict[str, AdaptedLayer] = {}  # in the order in which the backward pass reached them
 
@@ -81,8 +82,8 @@ class Collector:
 
     def _collect(self, layer: AdaptedLayer, x: Tensor, dy: Tensor) -> None:
         self._meet(layer)
-        if self.weight > 0:
-            (accumulator,) = self._of(layer)
+        (accumulator,) = self._of(layer)
+        if self._counts(accumulator):
             # The layers of a model that is spread over devices compute on their own: the sums live beside them.
             accumulator.move_to(dy.device)
             accumulator.add(x, dy, self.weight / self.loss_scale)
@@ -93,10 +94,13 @@ class Collector:
     def _collect_dense(self, layer: AdaptedExperts, dW: Tensor) -> None:
         """Fold the gradient of all experts of a layer into their accumulators; the caller frees it."""
         self._meet(layer)
-        if self.weight > 0:
-            for accumulator, G in zip(self._of(layer), layer.by_expert(dW), strict=True):
+        for accumulator, G in zip(self._of(layer), layer.by_expert(dW), strict=True):
+            if self._counts(accumulator):
                 accumulator.move_to(G.device)
                 accumulator.add_gradient(G, self.weight / self.loss_scale)
+
+    def _counts(self, accumulator: Accumulator) -> bool:
+        return self.weight > 0 and (accumulator.sketched or not self._looking)
 
     def _meet(self, layer: AdaptedLayer) -> None:
         # Passes that do not count are met as well: every process tells the same of which layers the loss reaches.
@@ -159,6 +163,21 @@ class Collector:
                 sketch.await_owner()
         owned = [[part for sketch in sketches[owner::size] for part in sketch.known()] for owner in range(size)]
         self.bytes_sent += share_from_owners(self.trainer, owned)
+
+    @contextmanager
+    def only_looking(self) -> Iterator[None]:
+        """Show sketches, and nothing else, what passes while the context is open; [`forget`] it afterwards."""
+        self._looking = True
+        try:
+            yield
+        finally:
+            self._looking = False
+
+    def forget(self) -> None:
+        """Let the sketches keep the directions they found, and nothing of what they have seen."""
+        for sketch in self.sketches:
+            for part in (sketch.S, *sketch.sums()):
+                part.zero_()
 
     def unreached(self) -> list[str]:
         """Name the layers that no backward pass has reached on any process. Collective."""

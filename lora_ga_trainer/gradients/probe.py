@@ -34,6 +34,10 @@ logger = logging.getLogger(__name__)
 
 # Loss scales tried in turn where gradients are fp16: the first that does not overflow wins.
 FP16_LOSS_SCALES = (2.0**16, 2.0**8, 1.0)
+# A first round of micro-batches that is a larger share of the samples is run twice where layers are sketched. Of
+# directions 9-16 of SmolLM2 (k = 64, as in `sketch`) a round of 16 of 64 samples keeps .986 (worst layer .974), one of
+# 32 .962 (.918) and one of 64 .923 (.852); run twice, .996 (.990), .997 (.992) and .998 (.995).
+LOOK_SHARE = 1 / 4
 
 
 def estimate_gradients(
@@ -122,9 +126,24 @@ class _Probe:
                 # Several points may lie in one micro-batch. Nothing was seen between them, so one turn does for all.
                 self.collector.turn()
                 points = points[len(passed) :]
+            if number == 0 and self.collector.sketches and micro_batch.samples > LOOK_SHARE * self.config.num_samples:
+                self._look(micro_batch)
             with failing_together(self.trainer, number):
                 self._step(number, micro_batch)
             bar.update(micro_batch.samples)
+
+    def _look(self, micro_batch: MicroBatch) -> None:
+        """
+        Run the first round once more beforehand, for the directions that it will be sketched with.
+
+        A round that is a large part of all samples would otherwise be seen through Gaussian columns alone.
+        """
+        with failing_together(self.trainer, 0), self.collector.only_looking():
+            items = count_items(self.trainer, micro_batch)
+            loss = mean_loss(self.trainer, self.model, micro_batch.batch, items)
+            self.collector.collect(loss, items * micro_batch.share, 0.0, 0)
+        self.collector.turn()
+        self.collector.forget()
 
     def _step(self, number: int, micro_batch: MicroBatch) -> None:
         items = count_items(self.trainer, micro_batch)
