@@ -41,7 +41,7 @@ def test_the_first_block_is_the_main_command_and_the_second_the_tests() -> None:
     start = ["python3 -m venv .venv", "source .venv/bin/activate"]
     assert main.splitlines()[:2] == tests.splitlines()[:2] == start
     assert main.endswith("accelerate launch recipes/finetune.py --config recipes/configs/quickstart.yaml\n")
-    assert tests.endswith("python -m pytest -n 2 --dist loadfile\n")
+    assert tests.endswith("python -m pytest -n 2 --dist loadfile --cov=lora_ga_trainer\n")
     assert (ROOT / "recipes" / "configs" / "quickstart.yaml").exists()
     extras = re.findall(r"pip install -c constraints/cpu.txt -e '\.\[(\w+)\]'", main + tests)
     assert extras == ["demo", "test"]
