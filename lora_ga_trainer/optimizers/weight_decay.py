@@ -48,7 +48,7 @@ def require_sound_optimizer(trainer: Trainer, model: nn.Module) -> None:
             raise ValueError(
                 f"{name}: the optimizer applies weight_decay={options['weight_decay']} to an anchored parameter, "
                 "which would untie its halves. Let the Trainer make the optimizer (`optimizer_cls_and_kwargs`), or, "
-                "where you make it yourself, put anchored parameters into a group without decay:\n"
+                "where you make it yourself, put anchored parameters into a group with weight_decay 0:\n"
                 "    names = lora_ga_trainer.anchored_parameter_names(model)\n"
                 "    anchored = [p for n, p in model.named_parameters() if n in names]\n"
                 "    groups = [{'params': others}, {'params': anchored, 'weight_decay': 0.0}]"
