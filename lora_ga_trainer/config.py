@@ -175,7 +175,8 @@ class LoRAGAConfig:
         """Refuse a field that the chosen init does not read: it would do nothing."""
         read = INITS[self.init].reads if self.init in INITS else frozenset()
         fields = self.__dataclass_fields__
-        given = {"gamma": not isinstance(self.gamma, _DefaultGamma)}
+        # Files of settings name a gamma, and `--init none` beside them is a comparison with plain LoRA.
+        given = {"gamma": self.init != "none" and not isinstance(self.gamma, _DefaultGamma)}
         given.update((name, getattr(self, name) != fields[name].default) for name in ("direction", "scale"))
         for name, is_given in given.items():
             if is_given and name not in read:

@@ -134,7 +134,6 @@ def test_a_default_gamma_gives_way_to_that_of_another_init_and_a_given_one_stays
         ("lora_one", "scale", "unit"),
         ("none", "direction", "random"),
         ("none", "scale", "gd"),
-        ("none", "gamma", 16.0),
     ],
 )
 def test_a_field_that_the_init_does_not_read_is_refused(init, field, value):

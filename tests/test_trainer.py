@@ -688,7 +688,7 @@ def test_two_processes_give_the_start_of_one(tmp_path: Any) -> None:
             module.p = 0.0
     one.train()
     reports = [json.loads((two / f"report{i}.json").read_text()) for i in range(2)]
-    assert reports[0]["samples"] == reports[1]["samples"] == one.lora_ga_report.samples == 10
+    assert reports[0]["samples"] == reports[1]["samples"] == one.lora_ga_report.samples == 12
     assert reports[0]["items"] == one.lora_ga_report.items
     for ours, theirs in zip(one.lora_ga_report.layers, reports[0]["layers"], strict=True):
         assert ours.singular_values == pytest.approx(theirs["singular_values"], rel=1e-4)
