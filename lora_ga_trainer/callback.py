@@ -92,16 +92,18 @@ class LoRAGACallback(TrainerCallback):
         record = self._require_prepared(model)
         require_sound_optimizer(trainer, model)
         if state.global_step == 0 and not record.initialised:
-            self._start(model)
+            self._start(model, record)
         record.initialised = True
         if args.push_to_hub and trainer.is_world_process_zero():
             # While it trains the Trainer uploads this folder, with the files of a checkpoint that it knows of.
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
             write_record(record, args.output_dir)
 
-    def _start(self, model: nn.Module) -> None:
+    def _start(self, model: nn.Module, record: StartRecord) -> None:
         with warm_heads(self.trainer, self.config) if self._is_cold(model) else nullcontext():
             self.report = start_adapter(self.trainer, self.config, find_adapted_layers(model), self.probe_dataset)
+        # Before anything is logged: where a tracker raises, the next `train()` goes on from this start.
+        record.initialised = True
         self._warm_model = weakref.ref(model)
         publish(self.trainer, self.report)
 
