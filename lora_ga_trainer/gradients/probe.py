@@ -65,8 +65,8 @@ def estimate_gradients(
         probe_dataset: examples to use instead of the trainer's `train_dataset`.
 
     Raises:
-        `ValueError`: if the data is empty, has no labels, or is a stream that can't be rewound; if a layer is never
-            reached by the loss (unless `allow_unreached`).
+        `ValueError`: if the data is empty, has no labels, or is a stream that can't be rewound; if the loss reaches no
+            layer, or not all of them and `allow_unreached` is `False`.
         `NonFiniteGradient`: naming the batch and the layer.
     """
     model = probed_module(trainer)
@@ -107,7 +107,7 @@ class _Probe:
             self._pass(bar)
         self.counts.sum_over(self.trainer)
         unreached = self.collector.unreached()
-        require_reached(unreached, self.config)
+        require_reached(unreached, self.collector.layers, self.config)
         if self.counts.samples < self.config.num_samples:
             logger.warning(
                 "The probe used %d of the %d samples asked for: the data has no more.",

@@ -91,7 +91,8 @@ def load_estimate(
 
     Raises:
         `ValueError`: if the file is damaged, or comes from another base, head, data set or other settings; the message
-            names which. Also if it left layers unreached, or does not hold what the init of this run needs.
+            names which. Also if it left layers unreached that this run does not allow, or does not hold what the init
+            of this run needs.
     """
     path = _path(config)
     if not path.exists():
@@ -108,7 +109,7 @@ def load_estimate(
     with _damage_named(config):
         figures, unreached = _parse_figures(metadata), _parse_unreached(metadata, layers)
         accumulators, moments = read_tensors(path, layers)
-    require_reached(unreached, config, f"probe_file={config.probe_file!r}")
+    require_reached(unreached, layers, config, f"probe_file={config.probe_file!r}")
     _require_directions(config, layers, accumulators)
     _require_moments(config, layers, moments)
     return GradientEstimate(estimators=accumulators, moments=moments, unreached=unreached, **figures)
