@@ -36,6 +36,7 @@ class GradientEstimate:
         seconds: wall time of the probe.
         bytes_sent: bytes that this process handed to all-reduces.
         unreached: layers that the loss never reached.
+        shared: layers that it reached whose weight has other uses, which `G` leaves out.
         moments: what the init asks for beside `G`, by the name of the layer; empty if it asks for nothing.
         first_batch: the first prepared inputs of this process, for measuring the loss before and after the write.
         first_items: items of `first_batch` that count.
@@ -50,6 +51,7 @@ class GradientEstimate:
     seconds: float = 0.0
     bytes_sent: int = 0
     unreached: list[str] = field(default_factory=list)
+    shared: list[str] = field(default_factory=list)
     moments: dict[str, LayerMoments] = field(default_factory=dict)
     first_batch: Any = None
     first_items: float = 0.0

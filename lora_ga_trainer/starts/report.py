@@ -64,6 +64,8 @@ class LayerReport:
         experts: weights of this shape that share the layer; 1 in a linear layer.
         experts_plain: of these, those left at a plain LoRA start because their gradient is zero: the samples never
             reached them.
+        shares_weight: whether the weight has other uses in the model (it is tied to another module, or handed to a
+            function). The adapter and the start are about the use by this layer alone.
     """
 
     name: str
@@ -78,6 +80,7 @@ class LayerReport:
     action: Action
     experts: int = 1
     experts_plain: int = 0
+    shares_weight: bool = False
 
     @property
     def energy_share(self) -> float:
