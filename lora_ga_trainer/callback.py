@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from .adapters.find import find_adapted_layers
+from .adapters.find import find_adapted_layers, find_lora_layers
 from .config import LoRAGAConfig
 from .optimizers.engine_step import EngineStep, install_engine_step
 from .optimizers.weight_decay import require_sound_optimizer
@@ -100,8 +100,11 @@ class LoRAGACallback(TrainerCallback):
             write_record(record, args.output_dir)
 
     def _start(self, model: nn.Module, record: StartRecord) -> None:
+        layers = find_adapted_layers(model)
+        trained = {layer.name for layer in layers}
+        frozen = [layer for layer in find_lora_layers(model) if layer.name not in trained]
         with warm_heads(self.trainer, self.config) if self._is_cold(model) else nullcontext():
-            self.report = start_adapter(self.trainer, self.config, find_adapted_layers(model), self.probe_dataset)
+            self.report = start_adapter(self.trainer, self.config, layers, self.probe_dataset, frozen)
         # Before anything is logged: where a tracker raises, the next `train()` goes on from this start.
         record.initialised = True
         self._warm_model = weakref.ref(model)

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from ..engines.devices import preserved_rng
+from .leaves import preserved_leaves
 
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def borrowed(trainer: Trainer, model: nn.Module, dataset: Dataset | None = None)
     Lend the trainer and its model to passes that are not training, and put everything back.
 
     Inside: random number generators are free to move, `model` is in train mode (activation checkpointing needs it)
-    with every dropout and NEFTune's noise at 0, no parameter requires grad, compiled code runs eagerly, nothing is
+    with every dropout and NEFTune's noise at 0, no parameter has a gradient, compiled code runs eagerly, nothing is
     reported to trackers, each micro-batch is a step of its own, and `dataset`, if given, stands in for the training
     data. Afterwards all of that, the accelerator's data loader bookkeeping, running statistics of batch norms and
     what the trainer itself counts are what they were.
@@ -40,7 +41,7 @@ def borrowed(trainer: Trainer, model: nn.Module, dataset: Dataset | None = None)
         stack.enter_context(_train_mode(model))
         stack.enter_context(_preserved_running_statistics(model))
         stack.enter_context(_without_noise(model))
-        stack.enter_context(_without_grad(model))
+        stack.enter_context(preserved_leaves(model))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         # Items are weighted and summed over processes by the probe, not by `compute_loss`.
         stack.enter_context(attribute(trainer.args, "average_tokens_across_devices", False))
@@ -165,30 +166,3 @@ def _noise_names(owner: Any) -> list[str]:
         for name, value in vars(owner).items()
         if (name == "neftune_noise_alpha" or is_probability(name, value)) and value
     ]
-
-
-@contextmanager
-def _without_grad(model: nn.Module) -> Iterator[None]:
-    """Let no parameter require grad whenever the model runs."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    switch_off_grad(model)
-    handle = model.register_forward_pre_hook(lambda *_: switch_off_grad(model))
-    try:
-        yield
-    finally:
-        handle.remove()
-        for parameter, flag in flags:
-            if parameter.requires_grad != flag:
-                parameter.requires_grad_(flag)
-
-
-def switch_off_grad(model: nn.Module) -> None:
-    """
-    Let no parameter require grad from now on.
-
-    PEFT switches an adapter's parameters on again after each time that it was disabled or changed for another one, as
-    losses with a reference do (DPO's).
-    """
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.requires_grad_(False)

@@ -13,7 +13,7 @@ from torch.utils.data import IterableDataset
 
 from ..engines.collectives import gather_integers
 from ..engines.devices import preserved_rng
-from .borrow import attribute, copy_containers, switch_off_grad
+from .borrow import attribute, copy_containers
 
 
 if TYPE_CHECKING:
@@ -190,8 +190,6 @@ def mean_loss(trainer: Trainer, model: nn.Module, batch: Any, items: float) -> T
     """
     Compute the trainer's own loss of one prepared micro-batch, a mean over its `items`, with the graph attached.
 
-    The model is borrowed: no parameter requires grad when its backward pass runs checkpointed layers again either.
-
     Raises:
         `ValueError`: if the batch gives no loss, because it has no labels.
     """
@@ -206,7 +204,6 @@ def mean_loss(trainer: Trainer, model: nn.Module, batch: Any, items: float) -> T
                 f"The train dataset has no labels: its batches hold {sorted(batch)} and the model returned no loss. "
                 "Add a `labels` column, use a data collator that makes one, or override `compute_loss`."
             ) from error
-    switch_off_grad(model)
     return loss.mean()
 
 
