@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from ..engines.collectives import gather_integers
 from ..engines.devices import preserved_rng
-from .borrow import attribute, copy_containers, switch_off_grad
+from .borrow import attribute, copy_containers, preserved_state, switch_off_grad
 
 
 if TYPE_CHECKING:
@@ -58,7 +59,8 @@ class _CountingCollator:
         return getattr(self.collate, name)
 
     def __call__(self, samples: Any) -> Any:
-        batch = self.collate(samples)
+        # Collators may take entries out of samples, or write into them. The data set may hand out the same ones again.
+        batch = self.collate(_own(samples))
         if isinstance(batch, MutableMapping):
             batch[_SAMPLES] = torch.ones(len(samples))  # one entry a sample, so that it is dispatched as others are
         return batch
@@ -142,6 +144,21 @@ def _rows(value: Any) -> int | None:
         return len(value)
     entries = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
     return next((rows for rows in map(_rows, entries) if rows is not None), None)
+
+
+def _own(value: Any) -> Any:
+    """Copy containers, tensors and arrays inside each other, not what else they hold."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        return value.clone() if isinstance(value, Tensor) else value.copy()
+    if type(value) in (dict, list, tuple):
+        items = map(_own, value.values() if isinstance(value, dict) else value)
+        return dict(zip(value, items, strict=True)) if isinstance(value, dict) else type(value)(items)
+    if isinstance(value, MutableMapping):
+        new = copy.copy(value)
+        for key, item in value.items():
+            new[key] = _own(item)
+        return new
+    return value
 
 
 def _count_step(trainer: Trainer) -> None:
@@ -241,7 +258,7 @@ def require_rewindable(trainer: Trainer) -> None:
 
 
 def _first_batch(trainer: Trainer) -> Any:
-    with preserved_rng():
+    with preserved_rng(), preserved_state(trainer):
         return next(iter(trainer.get_train_dataloader()), None)
 
 
