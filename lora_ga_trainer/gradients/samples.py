@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sized
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from torch.utils.data import IterableDataset
 from ..engines.collectives import gather_integers
 from ..engines.devices import preserved_rng
 from .borrow import attribute, copy_containers, preserved_state, switch_off_grad
+from .own_step import has_own_step, loss_of_step
 
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def micro_batches(trainer: Trainer, num_samples: int) -> Iterator[MicroBatch]:
         num_samples: at least this many, if the data has them.
 
     Raises:
-        `ValueError`: if the data loader has nothing for a process from the start, and something for others.
+        `ValueError`: if the data loader has nothing from the start, for any process or for one of them.
     """
     with attribute(trainer, "data_collator", _CountingCollator(trainer.data_collator)):
         loader = trainer.get_train_dataloader()
@@ -97,6 +98,8 @@ def micro_batches(trainer: Trainer, num_samples: int) -> Iterator[MicroBatch]:
         of_processes = gather_integers(trainer, 0 if batch is None or last is None else last[1], int(last is not None))
         sizes = [size for size, _ in of_processes]
         real = _real_samples(loader, sum(sizes))
+        if real == 0 and taken == 0:
+            raise ValueError(_no_batch(trainer))
         if real == 0:
             return
         if last is None or not all(
@@ -111,6 +114,20 @@ def micro_batches(trainer: Trainer, num_samples: int) -> Iterator[MicroBatch]:
         yield MicroBatch(last[0], size=size, share=own / size if size else 0.0, samples=real)
         taken += real
         _count_step(trainer)
+
+
+def _no_batch(trainer: Trainer) -> str:
+    """Say why a data loader may give nothing."""
+    args, dataset = trainer.args, trainer.train_dataset
+    rows = f"{len(dataset)} rows" if isinstance(dataset, Sized) else "no length"
+    if not args.dataloader_drop_last:
+        return f"The train dataloader gave no batch. Its data set has {rows}: check what filters and samples it."
+    processes = trainer.accelerator.num_processes
+    return (
+        f"The train dataloader gave no batch. The data set has {rows}, a round takes {trainer._train_batch_size} on "
+        f"each of {processes} processes, and dataloader_drop_last=True leaves out what does not fill one. Lower "
+        "per_device_train_batch_size, or set dataloader_drop_last=False."
+    )
 
 
 def _prepare(trainer: Trainer, batch: Any) -> tuple[Any, int]:
@@ -207,15 +224,24 @@ def mean_loss(trainer: Trainer, model: nn.Module, batch: Any, items: float) -> T
     """
     Compute the trainer's own loss of one prepared micro-batch, a mean over its `items`, with the graph attached.
 
-    The model is borrowed: no parameter requires grad when its backward pass runs checkpointed layers again either.
+    Where the trainer has a `training_step` of its own that does not call the one of the class above it, it is the loss
+    of the first backward pass there. The model is borrowed: no parameter requires grad when its backward pass runs
+    checkpointed layers again either.
 
     Raises:
         `ValueError`: if the batch gives no loss, because it has no labels.
     """
     divisor = torch.tensor(max(items, 1.0), device=trainer.args.device)
+    own = has_own_step(trainer)
+    loss = (loss_of_step if own else _computed_loss)(trainer, model, _lent(batch), divisor)
+    switch_off_grad(model)
+    return loss.mean()
+
+
+def _computed_loss(trainer: Trainer, model: nn.Module, batch: Any, divisor: Tensor) -> Tensor:
     with trainer.compute_loss_context_manager():
         try:
-            loss = trainer.compute_loss(model, _lent(batch), num_items_in_batch=divisor)
+            return trainer.compute_loss(model, batch, num_items_in_batch=divisor)
         except ValueError as error:
             if "did not return a loss" not in str(error) or not isinstance(batch, Mapping) or "labels" in batch:
                 raise
@@ -223,8 +249,6 @@ def mean_loss(trainer: Trainer, model: nn.Module, batch: Any, items: float) -> T
                 f"The train dataset has no labels: its batches hold {sorted(batch)} and the model returned no loss. "
                 "Add a `labels` column, use a data collator that makes one, or override `compute_loss`."
             ) from error
-    switch_off_grad(model)
-    return loss.mean()
 
 
 def _lent(batch: Any) -> Any:

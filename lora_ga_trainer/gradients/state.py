@@ -242,7 +242,7 @@ class KeptState:
                 self._undo.callback(put, item)
         if _root(value) not in _KNOWN:
             known = value.__globals__
-            names = [name for name in _global_names(value.__code__) if name in known]
+            names = [name for name in global_names(value.__code__) if name in known]
             self._waiting.extend((known[name], name, False) for name in names)
 
 
@@ -250,9 +250,9 @@ def _root(code: Any) -> str:
     return str(getattr(code, "__module__", "")).partition(".")[0]
 
 
-def _global_names(code: types.CodeType) -> Iterator[str]:
+def global_names(code: types.CodeType) -> Iterator[str]:
     """Name what a function and the functions inside it may look up."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            yield from _global_names(constant)
+            yield from global_names(constant)
