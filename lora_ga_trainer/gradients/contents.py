@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..engines.parameters import own_part
+
 
 CONTAINERS = (dict, list, tuple, deque, set, frozenset)
 _MEMORY = (Tensor, np.ndarray, bytearray, ctypes._SimpleCData, ctypes.Array)
@@ -52,8 +54,11 @@ def remember_memory(value: Any, limit: float) -> Restore | None:
     if not isinstance(value, _MEMORY) or _nbytes(value) > limit:
         return None
     if isinstance(value, Tensor):
-        overlaps = value.layout is torch.strided and 0 in value.stride() and value.numel() > 1
-        return None if overlaps else functools.partial(_restore_tensor, value, value.detach().clone())
+        # What is spread over processes keeps its own part. Other subclasses have a form that only their owner knows.
+        part = own_part(value)
+        overlaps = part.layout is torch.strided and 0 in part.stride() and part.numel() > 1
+        plain = type(part) is Tensor and not part.is_meta and not overlaps
+        return functools.partial(_restore_tensor, part, part.detach().clone()) if plain else None
     if isinstance(value, np.ndarray):
         writable = value.flags.writeable and not isinstance(value, np.memmap)
         return functools.partial(np.copyto, value, value.copy()) if writable else None

@@ -8,23 +8,16 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from .contents import CONTAINERS, remember_container
-from .state import KeptState
+from .state import KeptState, is_of_engine
 
 
 # Whole numbers in so many entries are the codes of a quantised weight: they are as large as a model, and stay.
 _CODES = 2**16
 _OWN = frozenset(vars(nn.Module()))  # what torch keeps in every module
 _DATA = (type(None), bool, int, float, complex, str, bytes, Tensor, np.ndarray, *CONTAINERS)
-# Modules of these packages keep what belongs to memory that they manage, which must not be put back alone.
-_ENGINES = frozenset(
-    {
-        *("accelerate", "aqlm", "auto_gptq", "awq", "bitsandbytes", "compressed_tensors", "deepspeed", "eetq"),
-        *("fbgemm_gpu", "gptqmodel", "hqq", "optimum", "torchao", "transformer_engine"),
-    }
-)
-_WRAPPERS = ("torch.nn.parallel.", "torch.distributed.fsdp.fully_sharded_data_parallel")
 
 
 def keep_model(kept: KeptState, model: nn.Module, name: str) -> None:
@@ -46,14 +39,14 @@ def keep_model(kept: KeptState, model: nn.Module, name: str) -> None:
         for buffer in module._buffers.values():
             if buffer is not None and not _is_code(buffer):
                 kept.keep_tensor(buffer)
-        if _is_of_engine(module):
+        if _is_managed(module):
             continue
         kept.undo_with(functools.partial(_restore_attributes, module, dict(_attributes(module))))
         for key, value in _attributes(module):
             # What is computed from parameters anew in each pass, as older weight norms do, needs no copy.
             if not isinstance(value, Tensor) or value.grad_fn is None:
                 kept.keep(value, f"{label}.{key}", closures=False)
-        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+        for hook in filter(_is_own_hook, (*module._forward_pre_hooks.values(), *module._forward_hooks.values())):
             kept.keep(hook, f"a hook of {label}", closures=False)
         kept.keep_generators(type(module), f"the class of {label}")
 
@@ -62,9 +55,15 @@ def _is_code(buffer: Tensor) -> bool:
     return buffer.numel() >= _CODES and not (buffer.is_floating_point() or buffer.is_complex())
 
 
-def _is_of_engine(module: nn.Module) -> bool:
-    kinds = [kind.__module__ for kind in type(module).__mro__]
-    return any(kind.partition(".")[0] in _ENGINES for kind in kinds) or kinds[0].startswith(_WRAPPERS)
+def _is_managed(module: nn.Module) -> bool:
+    """Tell whether an engine keeps what belongs to memory of its own in a module."""
+    # FSDP2 makes a class for each class that it shards, and puts nothing into the module.
+    return any(is_of_engine(kind) for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
+
+
+def _is_own_hook(hook: Any) -> bool:
+    owner = getattr(hook, "__self__", None)
+    return not is_of_engine(hook if hasattr(hook, "__module__") else type(hook)) and not is_of_engine(type(owner))
 
 
 def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:

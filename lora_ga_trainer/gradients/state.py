@@ -50,6 +50,22 @@ _SENT = (
     *(multiprocessing.connection._ConnectionBase, socket.socket),
 )
 _CALLABLES = (types.FunctionType, types.MethodType, functools.partial, property, staticmethod, classmethod)
+# Objects of these packages stand for memory, processes and connections that only they know how to handle.
+_ENGINES = (
+    *("accelerate.hooks", "accelerate.utils", "aqlm.", "auto_gptq.", "awq.", "bitsandbytes.", "compressed_tensors."),
+    *(
+        "deepspeed.",
+        "eetq.",
+        "fbgemm_gpu.",
+        "gptqmodel.",
+        "hqq.",
+        "mlflow.",
+        "optimum.",
+        "torch._",
+        "torch.distributed.",
+    ),
+    *("torch.nn.parallel.", "torchao.", "trackio.", "transformer_engine.", "vllm.", "wandb."),
+)
 # The code of these packages keeps no state of a user's. Objects of their classes may.
 _KNOWN = sys.stdlib_module_names | {
     *("accelerate", "datasets", "lora_ga_trainer", "numpy", "pandas", "peft", "pyarrow", "pytest", "_pytest"),
@@ -157,7 +173,8 @@ class KeptState:
             self._keep_place(value, name, whole)
         elif not isinstance(value, _CLOSED):
             self.undo_with(remember_memory(value, _BYTES) if whole else None)
-            self._keep_instance(value, name, whole)
+            if not any(map(is_of_engine, type(value).__mro__)):
+                self._keep_instance(value, name, whole)
 
     def _keep_generator(self, access: Access) -> None:
         get, set_to = access
@@ -244,6 +261,11 @@ class KeptState:
             known = value.__globals__
             names = [name for name in global_names(value.__code__) if name in known]
             self._waiting.extend((known[name], name, False) for name in names)
+
+
+def is_of_engine(code: Any) -> bool:
+    """Tell whether a class or a function is of a package whose state is only its own to change."""
+    return f"{code.__module__}.".startswith(_ENGINES)
 
 
 def _root(code: Any) -> str:
