@@ -59,6 +59,20 @@ def test_a_regulariser_of_the_adapter_finds_in_the_probe_what_it_finds_in_traini
     assert_equal_gradients(found, probe(made(Trainer), exact(num_samples=4)), rtol=1e-6)
 
 
+def test_the_warm_up_of_a_head_shows_a_loss_the_same(tmp_path: Any) -> None:
+    adapted = tiny.with_lora(tiny.bert(), target_modules=["query"], task_type="SEQ_CLS")
+    config = LoRAGAConfig(num_samples=4, head_warmup_steps=2)
+    mine = type("Mine", (Regularised, LoRAGATrainer), {})
+    trainer = mine(
+        adapted, tiny.arguments(tmp_path, max_steps=1), train_dataset=tiny.class_rows(8), lora_ga_config=config
+    )
+    trainer.train()
+    trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+    # Two steps of the warm-up, the probe twice (a long first round), the loss after it, and one step of training.
+    assert len(trainer.found) >= 5
+    assert all(names == trained for _, names in trainer.found)
+
+
 @pytest.mark.parametrize("reentrant", [None, False, True])
 def test_the_probe_computes_no_gradient_that_it_leaves_behind(reentrant: bool | None, tmp_path: Any) -> None:
     """Hooks on parameters reduce, step and count in training: the probe calls none and leaves all of them in place."""
