@@ -100,7 +100,11 @@ def test_a_weighted_adapter_of_anchored_ones_saves_loads_and_trains(kind, tmp_pa
     model.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved" / "mix" / "lora_ga.json").exists()
     loaded = PeftModel.from_pretrained(tiny.llama(), tmp_path / "saved" / "mix", is_trainable=True)
-    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=0)
+    for kept, written in zip(find_adapted_layers(loaded), layers, strict=True):
+        assert torch.equal(kept.stored_A, written.stored_A)
+        assert torch.equal(kept.stored_B, written.stored_B)
+    # PEFT's factors by SVD are transposed views. Files hold plain ones, whose products round in another order.
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-6)
     before = [layer.stored_B.detach().clone() for layer in layers]
     trained(model, tmp_path, init="none")
     assert all(not torch.equal(layer.stored_B, value) for layer, value in zip(layers, before, strict=True))

@@ -15,7 +15,7 @@ import pytest
 import reference
 import tiny
 import torch
-from peft import LoraConfig, PeftModel, prepare_model_for_kbit_training
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.tuners.lora import Linear as LoraLinear
 from test_probe import assert_equal_gradients, causal_loss, exact, in_order, probe
 from test_trainer import adapter_of, assert_bitwise, logits_of
@@ -29,6 +29,7 @@ from lora_ga_trainer.saving.fingerprint import fingerprint_base
 from lora_ga_trainer.saving.record import read_record
 
 
+pytestmark = pytest.mark.usefixtures("unpacked_codes")
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "lora_dropout": 0.1}
 
 
@@ -434,3 +435,13 @@ def test_the_corrected_optimizers_leave_a_quantised_base_alone(correction: str, 
     assert any(not torch.equal(value, start[name]) for name, value in adapter_of(trainer).items())
     after = {name.replace("base_layer.", ""): v for name, v in base_bits(trainer.model.get_base_model()).items()}
     assert_bitwise(before, after)
+
+
+def test_codes_that_bitsandbytes_packed_are_refused(folder: Path, tmp_path: Any) -> None:
+    """A CPU with AVX-512 BF16 sets the mark when the model is evaluated; what is read then is another weight."""
+    model = get_peft_model(quantised(folder, nf4()), LoraConfig(**LORA))
+    layer = find_adapted_layers(model)[0]
+    layer.weight.quant_state.packing_format_for_cpu = True
+    for read in (layer.dense_weight, layer.stored_weight, lambda: swap(model, tmp_path / "out")):
+        with pytest.raises(ValueError, match=rf"{layer.name}.*packed its 4-bit codes.*support_avx512bf16_for_cpu"):
+            read()

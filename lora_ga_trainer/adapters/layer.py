@@ -134,8 +134,9 @@ class AdaptedLayer:
         Collective where the weight is sharded.
 
         Raises:
-            `ValueError`: if an engine keeps the weight in a form that can't be read.
+            `ValueError`: if an engine or a quantiser keeps the weight in a form that can't be read.
         """
+        self._require_unpacked()
         held = dict(self.base.named_parameters(recurse=False)).get("weight")
         weight = read_parameter(dequantize_module_weight(self.base))
         if held is not None and self.base.weight is not held:
@@ -159,10 +160,23 @@ class AdaptedLayer:
         List the tensors that `W` is stored as: itself, or the codes, scales and offsets of a quantised weight.
 
         The bias is left out: an adapter may train it. Collective where the weight is sharded.
+
+        Raises:
+            `ValueError`: if a quantiser keeps the weight in a form that can't be read.
         """
+        self._require_unpacked()
         state = self.base.state_dict(keep_vars=True)
         tensors = [value for name, value in state.items() if name != "bias" and isinstance(value, Tensor)]
         return [part for tensor in tensors for part in _parts(read_parameter(tensor))]
+
+    def _require_unpacked(self) -> None:
+        # Of release 0.50.2 what is read of packed codes is another weight, and no gradient passes them.
+        if getattr(getattr(self.weight, "quant_state", None), "packing_format_for_cpu", False):
+            raise ValueError(
+                f"Layer {self.name}: bitsandbytes has packed its 4-bit codes for this CPU when the model was "
+                "evaluated. Packed codes can't be trained through or read. Load the base again, and before it is "
+                "evaluated set `module.support_avx512bf16_for_cpu = False` on each of its Linear4bit modules."
+            )
 
     @torch.no_grad()
     def dora_magnitude(self, delta: Tensor) -> Tensor:  # (out, in) -> (out,)

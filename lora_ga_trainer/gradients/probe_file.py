@@ -21,6 +21,7 @@ from ..saving.atomic import whole_file
 from ..saving.fingerprint import fingerprint_base, fingerprint_dataset, fingerprint_heads
 from ..saving.json_file import is_number, parse_json, short
 from .accumulator import Accumulator
+from .borrow import preserved_state
 from .estimate import GradientEstimate, require_reached
 from .moments import COLUMNS, LayerMoments, needs_of, require_inputs
 from .probe import estimate_gradients
@@ -240,8 +241,10 @@ def load_or_estimate(
             f"probe_file={config.probe_file!r} is there for {sum(seen)} of {len(seen)} processes only. Name a file "
             "in a folder that all of them share."
         )
-    estimate = load_estimate(config, model, layers, dataset)
+    with preserved_state(trainer, dataset=dataset):  # fingerprints read some examples
+        estimate = load_estimate(config, model, layers, dataset)
     if estimate is None:
         estimate = estimate_gradients(trainer, config, layers, probe_dataset)
-        save_estimate(estimate, config, model, layers, dataset, write=trainer.is_world_process_zero())
+        with preserved_state(trainer, dataset=dataset):
+            save_estimate(estimate, config, model, layers, dataset, write=trainer.is_world_process_zero())
     return estimate

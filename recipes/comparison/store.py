@@ -52,8 +52,9 @@ class Store:
         for name in sorted(found.keys() | self.settings.keys()):
             if found.get(name) != self.settings.get(name):
                 raise ValueError(
-                    f"{self._path}: the comparison there was made with {name}={shorten(found.get(name))}, this one "
-                    f"has {shorten(self.settings.get(name))}. Name another --output_dir, or delete that folder."
+                    f"{self._path}: the comparison there was made with {shorten(name)}={shorten(found.get(name))}, "
+                    f"this one has {shorten(self.settings.get(name))}. Name another --output_dir, or delete that "
+                    "folder."
                 )
 
 

@@ -142,19 +142,18 @@ def install(watch: Watch) -> None:
         if watch.phase in ("probe", "train"):
             watch.event()
 
-    def write_one_by_one(write: Callable[..., None], trainer: Any, values: Any) -> None:
+    def write_layer(write: Callable[..., None], *args: Any) -> None:
         with watch.within("factors", 0):
-            for pair in values:
-                watch.event()
-                write(trainer, [pair])
+            write(*args)
 
     def save_checkpoint(save: Callable[..., None], trainer: Any, *args: Any) -> None:
         with watch.within("checkpoint", trainer.state.global_step // SAVED):
             save(trainer, *args)
 
-    def probe(estimate: Callable[..., Any], *args: Any) -> Any:
+    def probe(estimate: Callable[..., Any], trainer: Any, *args: Any) -> Any:
+        watch.resumed_from = trainer.state.global_step  # the start comes before `on_train_begin` of any other callback
         with watch.within("probe", 0):
-            return estimate(*args)
+            return estimate(trainer, *args)
 
     def cut(path_of: Callable[..., Any], write: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if watch.phase != "checkpoint":
@@ -174,7 +173,7 @@ def install(watch: Watch) -> None:
     torch.nn.modules.module.register_module_forward_hook(forward)
     for owner, name, around in (
         (lora_ga_trainer.starts.start, "load_or_estimate", probe),
-        (lora_ga_trainer.starts.start, "write_parameters", write_one_by_one),
+        (lora_ga_trainer.starts.start, "write_start", write_layer),
         (Trainer, "_save_checkpoint", save_checkpoint),
         (peft.peft_model, "safe_save_file", functools.partial(cut, second)),
         (peft.config.PeftConfigMixin, "save_pretrained", functools.partial(cut, adapter_config)),

@@ -96,6 +96,14 @@ def test_the_settings_of_a_comparison(count: int, tmp_path: Path) -> None:
     fuzz_file(file, damaged(edited_objects(ours) | edited_objects({**ours, "lora_r": 8})), law, count)
 
 
+@pytest.mark.parametrize("name", ["\ud800", "x" * 20_000], ids=["surrogate", "long"])
+def test_a_name_of_the_settings_that_cannot_be_shown_is_shown_in_short(name: str, tmp_path: Path) -> None:
+    (tmp_path / "settings.json").write_text(json.dumps({name: 1}))
+    with pytest.raises(ValueError, match=r"settings\.json") as error:
+        Store(tmp_path, {})
+    assert len(str(error.value).encode("utf-8")) < 1_000 + len(str(tmp_path))
+
+
 ANSWER = {"id": 0, "prompt": "1 + 1", "model": "m", "answer": "2"}
 
 

@@ -170,13 +170,9 @@ class Raises(TrainerCallback):
             raise LookupError("a mistake of the user's")
 
 
-@pytest.mark.parametrize(
-    ("event", "step", "started"), [("on_train_begin", 0, False), ("on_log", 0, True), ("on_step_end", 2, True)]
-)
-def test_a_users_callback_that_raises_leaves_the_adapter_whole(
-    event: str, step: int, started: bool, tmp_path: Path
-) -> None:
-    """Before the start nothing is written, after it all of it; and training can be tried again."""
+@pytest.mark.parametrize(("event", "step"), [("on_train_begin", 0), ("on_log", 0), ("on_step_end", 2)])
+def test_a_users_callback_that_raises_leaves_the_adapter_whole(event: str, step: int, tmp_path: Path) -> None:
+    """The start comes before any callback of the user's: all of it is written, and training can be tried again."""
     trainer = make(tmp_path, train_dataset=rows(poisoned=None), callbacks=[Raises(event, step)])
     before = Spy(trainer)
     with pytest.raises(LookupError, match="a mistake of the user's"):
@@ -189,11 +185,12 @@ def test_a_users_callback_that_raises_leaves_the_adapter_whole(
         for layer in find_adapted_layers(trainer.model)
         if layer.stored_B.detach()[:, 1:].any()  # [B - B0, B0]: B0 is zero before the start
     ]
-    assert len(moved) == (14 if started else 0)
-    assert (trainer.lora_ga_report is not None) == started
+    assert len(moved) == 14
+    report = trainer.lora_ga_report
     trainer.remove_callback(Raises)
     trainer.train()
     assert trainer.state.global_step == 4
+    assert trainer.lora_ga_report is report is not None
 
 
 SCRIPT = Path(__file__).with_name("poison_run.py")
