@@ -108,6 +108,21 @@ def test_a_step_that_calls_the_one_above_it_is_not_run_by_the_probe(tmp_path: An
     assert len(kind.steps) == 4
 
 
+def test_a_step_that_was_put_around_the_trainers_is_not_run_by_the_probe(tmp_path: Any) -> None:
+    trainer = make(
+        LoRAGATrainer, tmp_path, tiny.causal_rows(24), lora_ga_config=LoRAGAConfig(num_samples=8, probe_order="train")
+    )
+    original, calls = trainer.training_step, []
+
+    def around(*args: Any) -> Tensor:
+        calls.append(1)
+        return original(*args)
+
+    trainer.training_step = around
+    trainer.train()
+    assert len(calls) == 4
+
+
 @pytest.mark.parametrize("rows", [5, 8])
 def test_fewer_rows_than_a_batch_are_named_where_uneven_batches_are_dropped(rows: int, tmp_path: Any) -> None:
     settings = {"dataloader_drop_last": True, "per_device_train_batch_size": 8}

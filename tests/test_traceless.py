@@ -634,6 +634,7 @@ def test_data_is_neither_copied_nor_walked_through() -> None:
             self.table = torch.empty(100_000_000)
             self.rows = [{"a": i} for i in range(200_000)]
             self.array = np.empty(10_000_000)
+            self.images = [torch.zeros(200, 1000) for _ in range(900)]  # 720 MB, each below the limit of one
             self.place = 0
 
     big, kept = Big(), KeptState()
@@ -641,9 +642,10 @@ def test_data_is_neither_copied_nor_walked_through() -> None:
     kept.keep(big, "big")
     big.place = 3
     kept.give_back()
-    assert time.perf_counter() - start < 1
+    assert time.perf_counter() - start < 2
     assert big.place == 0
-    assert len(kept._seen) < 100
+    assert kept._left_bytes >= 0
+    assert len(kept._seen) < 1000
     assert not kept.lost
 
 

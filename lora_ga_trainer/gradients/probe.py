@@ -23,8 +23,9 @@ from .counting import Counts
 from .estimate import GradientEstimate, NonFiniteGradient, require_reached
 from .failing import failing_together
 from .order import probe_order
-from .samples import MicroBatch, count_items, mean_loss, micro_batches, require_rewindable
+from .samples import MicroBatch, count_items, mean_loss, micro_batches
 from .sketch import turning_points
+from .streams import require_rewindable
 
 
 if TYPE_CHECKING:
