@@ -1,7 +1,7 @@
 """
 Methods of a trainer that a bare callback has to wrap, since it can't override them.
 
-Both are wrapped on one instance. [`LoRAGAMixin`] overrides them instead, so nothing is patched there.
+All are wrapped on one instance. [`LoRAGAMixin`] overrides them instead, so nothing is patched there.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from .optimizers.weight_decay import without_anchored
+from .saving.checkpoint import load_with_adapter, save_with_adapter
 from .saving.resume import checked_checkpoint
 
 
@@ -60,5 +61,17 @@ def patch_trainer(trainer: Trainer, callback: TrainerCallback) -> None:
         # Decay would untie the halves of `A` and shrink `B0`.
         return without_anchored(choose(model), model)
 
+    save, load, load_best = trainer._save, trainer._load_from_checkpoint, trainer._load_best_model
+
+    def whole_save(output_dir: str | None = None, state_dict: Any = None) -> None:
+        save_with_adapter(trainer, lambda: save(output_dir, state_dict), output_dir, state_dict)
+
+    def whole_load(folder: str, *args: Any, **kwargs: Any) -> None:
+        load_with_adapter(trainer, lambda: load(folder, *args, **kwargs), folder, best=False)
+
+    def whole_best() -> None:
+        load_with_adapter(trainer, load_best, trainer.state.best_model_checkpoint or "", best=True)
+
+    trainer._save, trainer._load_from_checkpoint, trainer._load_best_model = whole_save, whole_load, whole_best
     trainer.train = checked_train
     trainer.get_decay_parameter_names = undecayed
