@@ -14,6 +14,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from .optimizers.weight_decay import without_anchored
+from .saving.checkpoint import load_with_adapter, save_with_adapter
 from .saving.resume import checked_checkpoint
 
 
@@ -93,5 +94,17 @@ def patch_trainer(trainer: Trainer, callback: LoRAGACallback) -> None:
     def timed_log(logs: dict[str, Any], start_time: float | None = None, *args: Any, **kwargs: Any) -> None:
         log_without_start(log, callback.start_seconds, logs, start_time, *args, **kwargs)
 
+    save, load, load_best = trainer._save, trainer._load_from_checkpoint, trainer._load_best_model
+
+    def whole_save(output_dir: str | None = None, state_dict: Any = None) -> None:
+        save_with_adapter(trainer, lambda: save(output_dir, state_dict), output_dir, state_dict)
+
+    def whole_load(folder: str, *args: Any, **kwargs: Any) -> None:
+        load_with_adapter(trainer, lambda: load(folder, *args, **kwargs), folder, best=False)
+
+    def whole_best() -> None:
+        load_with_adapter(trainer, load_best, trainer.state.best_model_checkpoint or "", best=True)
+
+    trainer._save, trainer._load_from_checkpoint, trainer._load_best_model = whole_save, whole_load, whole_best
     trainer.train, trainer.log = checked_train, timed_log
     trainer.get_decay_parameter_names = undecayed

@@ -8,14 +8,8 @@ import torch
 from peft import IA3Config, LoraConfig, get_peft_model
 from torch import nn
 
-from lora_ga_trainer.adapters.find import (
-    active_adapter,
-    find_adapted_layers,
-    find_lora_layers,
-    is_trained,
-    require_peft_model,
-    saved_modules,
-)
+from lora_ga_trainer.adapters.find import find_adapted_layers, find_lora_layers, is_trained, saved_modules
+from lora_ga_trainer.adapters.host import active_adapter, require_adapter
 
 
 def by_name(model):
@@ -132,12 +126,12 @@ def test_a_partly_frozen_adapter_lists_its_trained_layers_only(model):
 def test_an_adapter_of_another_kind_is_refused_with_its_type():
     model = get_peft_model(tiny.llama(), IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
     with pytest.raises(ValueError, match=r"'default' is of type .*IA3, not LoRA.*init='none'"):
-        require_peft_model(model)
+        require_adapter(model)
 
 
 def test_a_plain_model_is_refused_with_the_way_to_wrap_it():
     with pytest.raises(ValueError, match=r"LlamaForCausalLM without a PEFT adapter.*peft_config=LoraConfig"):
-        require_peft_model(tiny.llama())
+        require_adapter(tiny.llama())
 
 
 def test_only_the_active_adapter_is_read(model):

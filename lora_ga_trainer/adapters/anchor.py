@@ -20,16 +20,16 @@ import math
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
-from .find import active_adapter
+from .host import require_adapter
 from .layer import AdaptedLayer
 from .storage import AnchoredParamWrapper, join_A, join_B, split_A, split_B
 
 
-def expand_adapter(model: PeftModel, layers: list[AdaptedLayer]) -> None:
+def expand_adapter(model: nn.Module, layers: list[AdaptedLayer]) -> None:
     """
     Replace the rank-r factors of untrained `layers` by anchored ones of stored rank 2r, at the start `[A; 0]`, `0`.
 
@@ -37,20 +37,20 @@ def expand_adapter(model: PeftModel, layers: list[AdaptedLayer]) -> None:
     so that `s` stays what it was and stock PEFT rebuilds the same layers from the saved config. The parameters are
     new: this must happen before an optimizer is made.
     """
-    config = model.peft_config[active_adapter(model)]
+    config = require_adapter(model).config
     grow_alpha = math.sqrt(2.0) if config.use_rslora else 2
     for layer in layers:
         _expand_layer(layer, grow_alpha)
     _rescale_config(config, 2, grow_alpha)
 
 
-def halve_adapter(model: PeftModel, layers: list[AdaptedLayer]) -> None:
+def halve_adapter(model: nn.Module, layers: list[AdaptedLayer]) -> None:
     """
     Replace the factors of untrained, plain `layers` by the first half of their rows and columns, `s` unchanged.
 
     A plain start draws the rows of `A` alike whatever the rank, so that what is left is a plain start of that rank.
     """
-    config = model.peft_config[active_adapter(model)]
+    config = require_adapter(model).config
     shrink_alpha = 1 / math.sqrt(2.0) if config.use_rslora else 0.5
     for layer in layers:
         _halve_layer(layer, shrink_alpha)

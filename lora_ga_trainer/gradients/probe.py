@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..adapters.find import find_adapted_layers, require_peft_model
+from ..adapters.find import find_adapted_layers
 from ..adapters.layer import AdaptedLayer
 from ..config import LoRAGAConfig
 from ..engines.support import probed_module
@@ -80,7 +80,7 @@ def estimate_gradients(
     """
     model = probed_module(trainer)
     if layers is None:
-        layers = find_adapted_layers(require_peft_model(trainer.accelerator.unwrap_model(trainer.model)))
+        layers = find_adapted_layers(trainer.accelerator.unwrap_model(trainer.model))
     scales = FP16_LOSS_SCALES if _uses_fp16(trainer, layers) else (1.0,)
     for scale in scales:
         with borrowed(trainer, model, probe_dataset):
