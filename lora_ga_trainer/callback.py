@@ -40,13 +40,13 @@ class LoRAGACallback(TrainerCallback):
     initialised it is never initialised again: not on a second `train()`, a retry of `auto_find_batch_size` or a
     resume.
 
-    Five methods of this trainer instance are wrapped, see `lora_ga_trainer.patches`: `get_decay_parameter_names` leaves
+    Methods of this trainer instance are wrapped, see `lora_ga_trainer.patches`: `get_decay_parameter_names` leaves
     anchored parameters out of weight decay, `train` checks a checkpoint before it is loaded (with
-    `resume_from_checkpoint=True` it takes the newest that was written to its end), and what saves and loads the model
-    (`_save`, `_load_from_checkpoint`, `_load_best_model`) does so for adapters without a `PeftModel` on top, too. [`LoRAGAMixin`] adds what a
-    callback can't: it counts the tied halves once in the clipping norm, prepares the new model of each
-    `hyperparameter_search` trial, and builds optimizers (`correction`, `loraplus_lr_ratio`, `riemannian_reg`). With
-    the callback alone the norm counts the gradient of every anchored `A` twice.
+    `resume_from_checkpoint=True` it takes the newest that was written to its end), and saving and loading a checkpoint
+    includes adapters without a `PeftModel` on top. [`LoRAGAMixin`] adds what a callback can't: it counts the tied
+    halves once in the clipping norm, prepares the new model of each `hyperparameter_search` trial, and builds
+    optimizers (`correction`, `loraplus_lr_ratio`, `riemannian_reg`). With the callback alone the norm counts the
+    gradient of every anchored `A` twice.
 
     Args:
         trainer: the trainer the callback is added to.
