@@ -7,7 +7,7 @@ They are wrapped on one instance. [`LoRAGAMixin`] overrides them instead, so not
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -24,22 +24,32 @@ if TYPE_CHECKING:
     from .callback import LoRAGACallback
 
 
-def put_first(trainer: Trainer, callback: TrainerCallback) -> None:
+def put_first(trainer: Trainer, callback: TrainerCallback, own: Sequence[TrainerCallback] = ()) -> None:
     """
-    Let a callback run before the trainer's other ones, those of transformers excepted.
+    Let a callback run before the trainer's other ones, those of transformers and its own excepted.
 
     Callbacks that copy weights when training begins (moving averages) have to see the start. The trackers of
     transformers set themselves up at that moment and have to be ready for what the start logs.
+
+    Args:
+        trainer: whose callbacks are put in another order.
+        callback: the one that starts.
+        own: those that the trainer's class adds itself. Its loss may need what they set up: TRL's SDPO and SDFT make
+            a second adapter, the teacher, when training begins.
     """
     callbacks = trainer.callback_handler.callbacks
     if callback not in callbacks:
         return
-    callbacks.remove(callback)
-    of_transformers = [_is_of_transformers(other) for other in callbacks]
-    callbacks.insert(of_transformers.index(False) if False in of_transformers else len(callbacks), callback)
+    own = [other for other in own if other in callbacks]  # not what the user has removed
+    for other in (callback, *own):
+        callbacks.remove(other)
+    of_transformers = [is_of_transformers(other) for other in callbacks]
+    place = of_transformers.index(False) if False in of_transformers else len(callbacks)
+    callbacks[place:place] = [*own, callback]
 
 
-def _is_of_transformers(callback: TrainerCallback) -> bool:
+def is_of_transformers(callback: TrainerCallback) -> bool:
+    """Tell whether a callback is one of transformers, or derived from one."""
     kinds = [kind for kind in type(callback).__mro__ if kind not in (TrainerCallback, object)]
     return any(kind.__module__.startswith("transformers.") for kind in kinds)
 

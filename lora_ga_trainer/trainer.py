@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import Seq2SeqTrainer, Trainer
+from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 
 from .adapters.host import find_hosts
 from .adapters.storage import anchored_parameter_names, counted_norm
@@ -17,7 +17,7 @@ from .config import LoRAGAConfig
 from .engines.support import holds_whole_gradients
 from .optimizers.build import build_optimizer, require_buildable
 from .optimizers.weight_decay import without_anchored
-from .patches import log_without_start, put_first
+from .patches import is_of_transformers, log_without_start, put_first
 from .saving.checkpoint import load_with_adapter, save_with_adapter
 from .saving.resume import checked_checkpoint
 from .starts.prepare import prepare_adapter, require_config
@@ -58,10 +58,19 @@ class LoRAGAMixin(_AnyTrainer):
         **kwargs: Any,
     ) -> None:
         self.lora_ga_config = require_config(lora_ga_config)
+        self._own_callbacks: list[TrainerCallback] = []
         super().__init__(*args, **kwargs)
         require_buildable(self, self.lora_ga_config.optimizer)
         self._lora_ga_callback = LoRAGACallback(self, self.lora_ga_config, probe_dataset)
         self.add_callback(self._lora_ga_callback)
+
+    def add_callback(self, callback: Any) -> None:
+        """Add a callback as the Trainer does, and remember those that the trainer's own constructor adds."""
+        super().add_callback(callback)
+        if not hasattr(self, "_lora_ga_callback"):
+            added = self.callback_handler.callbacks[-1]
+            if not is_of_transformers(added):
+                self._own_callbacks.append(added)
 
     @property
     def lora_ga_report(self) -> GradientReport | None:
@@ -80,7 +89,7 @@ class LoRAGAMixin(_AnyTrainer):
 
         With `resume_from_checkpoint=True` the newest one that was written to its end is taken.
         """
-        put_first(self, self._lora_ga_callback)
+        put_first(self, self._lora_ga_callback, self._own_callbacks)
         return super().train(checked_checkpoint(self, resume_from_checkpoint), *args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None, *args: Any, **kwargs: Any) -> None:
