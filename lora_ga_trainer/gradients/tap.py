@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .rows import rows_of
+
 
 Sink = Callable[[int, Tensor, Tensor], None]  # (index of the module, x (N, in), dy (N, out))
 ParameterSink = Callable[[int, Tensor], None]  # (index of the parameter, dL/dW in the shape of W)
@@ -33,7 +35,7 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
         (x,) = ctx.saved_tensors
-        ctx.sink(x.detach().reshape(-1, x.shape[-1]), dy.detach().reshape(-1, dy.shape[-1]))
+        ctx.sink(x.detach(), dy.detach())
         return dy, None, None, None
 
 
@@ -67,6 +69,10 @@ def tapped(modules: Mapping[str, nn.Module], sink: Sink) -> Iterator[None]:
 
 def _make_hook(name: str, index: int, sink: Sink) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
     def hook(module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor | None:
+        def show(x: Tensor, dy: Tensor) -> None:
+            for rows in rows_of(module, x, dy):
+                sink(index, *rows)
+
         if not torch.is_grad_enabled():  # the first forward of a reentrant checkpoint
             return None
         if args[0].requires_grad and not y.requires_grad:
@@ -77,7 +83,7 @@ def _make_hook(name: str, index: int, sink: Sink) -> Callable[[nn.Module, tuple[
                 "LoRAGAConfig(init='none')."
             )
         root = torch.zeros((), device=y.device, requires_grad=True)
-        return _Tap.apply(y, args[0], root, lambda x, dy: sink(index, x, dy))
+        return _Tap.apply(y, args[0], root, show)
 
     return hook
 
