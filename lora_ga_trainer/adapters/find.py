@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..engines.devices import to_fp64
 from ..engines.parameters import plain_name
+from .conv import AdaptedConv, require_plain_conv
 from .host import active_adapter, require_adapter
 from .layer import AdaptedExperts, AdaptedLayer, variant_of
 from .storage import split_A, split_B
@@ -68,6 +69,10 @@ def find_lora_layers(model: nn.Module) -> list[AdaptedLayer]:
             # Wrappers of one module are nested; the name is that of the parameter in the base model.
             owner = name.replace(".base_layer", "")
             layers.append(AdaptedExperts(f"{owner}.{module.parameter_name}", module, adapter))
+        elif isinstance(module.get_base_layer(), (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            conv = AdaptedConv(name, module, adapter)
+            require_plain_conv(name, conv.base, conv.uses_dora)
+            layers.append(conv)
         else:
             _require_linear(name, module, adapter)
             layers.append(AdaptedLayer(name, module, adapter))
@@ -90,8 +95,9 @@ def _require_linear(name: str, module: BaseTunerLayer, adapter: str) -> None:
     if not linear:
         raise ValueError(
             f"Layer {name}: {type(module).__name__} adapts a {type(base).__name__}, whose weight gradient can't be "
-            "read from its input and output. Linear layers (`nn.Linear` and the quantised layers derived from it) and "
-            "Conv1D layers can; leave the others out of `target_modules`, or load the base in another format."
+            "read from its input and output. Linear layers (`nn.Linear` and the quantised layers derived from it), "
+            "Conv1D layers and convolutions can; leave the others out of "
+            "`target_modules`, or load the base in another format."
         )
 
 
@@ -108,8 +114,8 @@ def is_trained(layer: AdaptedLayer) -> bool:
     """Tell whether the layer's adapter already moves the output: `B A != 0`, not merely `B != 0`."""
     if layer.lora_B.bias is not None and layer.lora_B.bias.any():
         return True
-    A = split_A(to_fp64(layer.stored_A), layer.experts)  # (E, r, in)
-    B = split_B(to_fp64(layer.stored_B), layer.experts)  # (E, out, r)
+    A = split_A(to_fp64(layer.stored_A).flatten(1), layer.experts)  # (E, r, in)
+    B = split_B(to_fp64(layer.stored_B).flatten(1), layer.experts)  # (E, out, r)
     # A random vector in the null space of a nonzero B A has probability zero, and B (A v) needs no (out, in) buffer.
     v = torch.randn(A.shape[-1], 1, generator=torch.Generator().manual_seed(0), dtype=A.dtype).to(A.device)
     return bool((B @ (A @ v)).any())

@@ -68,17 +68,18 @@ def export_adapter(model: nn.Module, folder: str | os.PathLike[str], rank: int) 
 
 
 def _truncate(layer: AdaptedLayer, rank: int) -> tuple[Tensor, Tensor, float, float]:
-    """Return `B (out, rank)`, `A (rank, in)`, and the energy lost and whole of `s B A`, without forming it."""
-    Q_b, R_b = torch.linalg.qr(layer.lora_B.weight.double())  # (out, k), (k, k)
-    Q_a, R_a = torch.linalg.qr(layer.lora_A.weight.double().T)  # (in, k), (k, k)
-    U, S, Vt = torch.linalg.svd(layer.s * R_b @ R_a.T)
+    """Return `B (out, rank)`, `A (rank, in)` as stored, and the energy lost and whole of `s B A`."""
+    Q_b, R_b = torch.linalg.qr(layer.lora_B.weight.double().flatten(1))  # (out, k), (k, k)
+    Q_a, R_a = torch.linalg.qr(layer.lora_A.weight.double().flatten(1).T)  # (in, k), (k, k)
+    U, S, Vt = torch.linalg.svd(layer.s * R_b @ R_a.T, full_matrices=False)
     root = S[:rank].sqrt()
     B, A = (Q_b @ U[:, :rank]) * root, root[:, None] * (Q_a @ Vt[:rank].T).T
     short = rank - root.shape[0]
     B, A = torch.nn.functional.pad(B, (0, short)), torch.nn.functional.pad(A, (0, 0, 0, short))
     energy = S.square()
     dtype = layer.lora_A.weight.dtype
-    return B.to(dtype), A.to(dtype), energy[rank:].sum().item(), energy.sum().item()
+    A, B = layer.as_stored(A.to(dtype), B.to(dtype))
+    return B, A, energy[rank:].sum().item(), energy.sum().item()
 
 
 def _exported_config(config: LoraConfig, rank: int) -> LoraConfig:
