@@ -71,6 +71,8 @@ def output(model: nn.Module, kind: str) -> Tensor:
     return model.eval()(inputs(kind))["logits"]
 
 
+# torch's own warning about the layer. Calls of torch pass through the package's look for shared weights.
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
 @pytest.mark.parametrize("parts", [False, True])
 @pytest.mark.parametrize("kind", CONVOLUTIONS)
 def test_the_gradient_is_that_of_autograd(kind: str, parts: bool, tmp_path: Any, monkeypatch: Any) -> None:
