@@ -31,8 +31,8 @@ def find_adapted_layers(model: nn.Module) -> list[AdaptedLayer]:
         One [`AdaptedLayer`] a module: its `name`, `shape` `(out, in)`, `s`, and the factors `stored_A`, `stored_B`.
 
     Raises:
-        `ValueError`: if a layer is of a type whose gradient can't be read from its input and output, if the adapter is
-            merged into the base, or if no layer is trainable.
+        `ValueError`: if a layer is of a type that gets no start, if the adapter is merged into the base, or if no layer
+            is trainable.
     """
     every = find_lora_layers(model)
     layers = [layer for layer in every if layer.stored_A.requires_grad or layer.stored_B.requires_grad]
@@ -56,7 +56,7 @@ def find_lora_layers(model: nn.Module) -> list[AdaptedLayer]:
     List the layers of the active adapter, trained or not, in the model's order.
 
     Raises:
-        `ValueError`: if a layer is neither a linear one nor a bare parameter.
+        `ValueError`: if a layer is not a linear one, a convolution or a bare parameter.
     """
     host = require_adapter(model)
     adapter = host.adapter
@@ -94,10 +94,9 @@ def _require_linear(name: str, module: BaseTunerLayer, adapter: str) -> None:
         )
     if not linear:
         raise ValueError(
-            f"Layer {name}: {type(module).__name__} adapts a {type(base).__name__}, whose weight gradient can't be "
-            "read from its input and output. Linear layers (`nn.Linear` and the quantised layers derived from it), "
-            "Conv1D layers and convolutions can; leave the others out of "
-            "`target_modules`, or load the base in another format."
+            f"Layer {name}: {type(module).__name__} adapts a {type(base).__name__}, which gets no start. Linear "
+            "layers (`nn.Linear` and the quantised layers derived from it), Conv1D layers and convolutions do. Leave "
+            "the others out of `target_modules`, load the base in another format, or use LoRAGAConfig(init='none')."
         )
 
 
