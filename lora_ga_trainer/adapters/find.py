@@ -31,8 +31,8 @@ def find_adapted_layers(model: nn.Module) -> list[AdaptedLayer]:
         One [`AdaptedLayer`] a module: its `name`, `shape` `(out, in)`, `s`, and the factors `stored_A`, `stored_B`.
 
     Raises:
-        `ValueError`: if a layer is of a type that gets no start, if the adapter is merged into the base, or if no layer
-            is trainable.
+        `ValueError`: if a layer is of a type that gets no start, if the adapter is merged into the base, or if no
+            layer is trainable.
     """
     every = find_lora_layers(model)
     layers = [layer for layer in every if layer.stored_A.requires_grad or layer.stored_B.requires_grad]

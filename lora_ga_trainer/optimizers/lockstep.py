@@ -43,7 +43,8 @@ def require_lockstep(optimizer: Optimizer, group: dict[str, Any], device: torch.
     Raises:
         `ValueError`: naming the optimizer, by how much the steps differ, and the way out.
     """
-    name = type(optimizer).__name__
+    # With its library: bitsandbytes calls its 8-bit AdamW by the name of torch's.
+    name = f"{type(optimizer).__name__} of {type(optimizer).__module__.partition('.')[0]}"
     try:
         with preserved_rng():
             found = _largest_difference(optimizer, group, device)
