@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import time
 import weakref
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from .adapters.find import find_adapted_layers
+from .adapters.find import find_adapted_layers, find_lora_layers
 from .config import LoRAGAConfig
 from .optimizers.engine_step import EngineStep, install_engine_step
 from .optimizers.weight_decay import require_sound_optimizer
@@ -40,12 +41,12 @@ class LoRAGACallback(TrainerCallback):
     initialised it is never initialised again: not on a second `train()`, a retry of `auto_find_batch_size` or a
     resume.
 
-    Two methods of this trainer instance are wrapped, see `lora_ga_trainer.patches`: `get_decay_parameter_names` leaves
-    anchored parameters out of weight decay, and `train` checks a checkpoint before it is loaded (with
-    `resume_from_checkpoint=True` it takes the newest that was written to its end). [`LoRAGAMixin`] adds what a
-    callback can't: it counts the tied halves once in the clipping norm, prepares the new model of each
-    `hyperparameter_search` trial, and builds optimizers (`correction`, `loraplus_lr_ratio`, `riemannian_reg`). With
-    the callback alone the norm counts the gradient of every anchored `A` twice.
+    Three methods of this trainer instance are wrapped, see `lora_ga_trainer.patches`: `get_decay_parameter_names`
+    leaves anchored parameters out of weight decay, `log` leaves the time of the start out of the runtime, and `train`
+    checks a checkpoint before it is loaded (with `resume_from_checkpoint=True` it takes the newest that was written to
+    its end). [`LoRAGAMixin`] adds what a callback can't: it counts the tied halves once in the clipping norm, prepares
+    the new model of each `hyperparameter_search` trial, and builds optimizers (`correction`, `loraplus_lr_ratio`,
+    `riemannian_reg`). With the callback alone the norm counts the gradient of every anchored `A` twice.
 
     Args:
         trainer: the trainer the callback is added to.
@@ -55,6 +56,7 @@ class LoRAGACallback(TrainerCallback):
     Attributes:
         report (`GradientReport` or `None`): of the initialisation, after it ran.
         engine_step (`EngineStep` or `None`): what clips and corrects where the engine steps by itself.
+        start_seconds (`float`): what the start took in the `train()` that runs or ran last; 0 without one.
 
     Raises:
         `ValueError`: if the model, its adapter, the data set or the optimizer can't be used, saying how to mend it.
@@ -68,6 +70,7 @@ class LoRAGACallback(TrainerCallback):
         self.probe_dataset = probe_dataset
         self.report: GradientReport | None = None
         self.engine_step: EngineStep | None = None
+        self.start_seconds = 0.0
         self._warm_model: Callable[[], nn.Module | None] = lambda: None
         overrides = getattr(trainer, "overrides_trainer_methods", False)
         if not overrides:
@@ -81,27 +84,38 @@ class LoRAGACallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        trainer = self.trainer
+        trainer, self.start_seconds = self.trainer, 0.0
         model = trainer.accelerator.unwrap_model(trainer.model)
         self.engine_step = install_engine_step(trainer, model, self.config.optimizer.entry.correct)
         if self.config.init == "none":
             if state.global_step == 0 and self._is_cold(model):
-                warm_up_heads(trainer, self.config)
+                with self._timed():
+                    warm_up_heads(trainer, self.config)
             self._warm_model = weakref.ref(model)
             return
         record = self._require_prepared(model)
         require_sound_optimizer(trainer, model)
         if state.global_step == 0 and not record.initialised:
-            self._start(model, record)
+            with self._timed():
+                self._start(model, record)
         record.initialised = True
         if args.push_to_hub and trainer.is_world_process_zero():
             # While it trains the Trainer uploads this folder, with the files of a checkpoint that it knows of.
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
             write_record(record, args.output_dir)
 
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.start_seconds = time.perf_counter() - begin
+
     def _start(self, model: nn.Module, record: StartRecord) -> None:
+        layers = find_adapted_layers(model)
+        trained = {layer.name for layer in layers}
+        frozen = [layer for layer in find_lora_layers(model) if layer.name not in trained]
         with warm_heads(self.trainer, self.config) if self._is_cold(model) else nullcontext():
-            self.report = start_adapter(self.trainer, self.config, find_adapted_layers(model), self.probe_dataset)
+            self.report = start_adapter(self.trainer, self.config, layers, self.probe_dataset, frozen)
         # Before anything is logged: where a tracker raises, the next `train()` goes on from this start.
         record.initialised = True
         self._warm_model = weakref.ref(model)

@@ -104,7 +104,8 @@ class LoRAGAConfig:
         head_warmup_steps: Steps that train only `modules_to_save` (a fresh classification head, say) before the
             gradient is taken, so that it is not the gradient of a random head.
         head_warmup_learning_rate: Learning rate of the AdamW that runs the head's warm-up steps.
-        allow_unreached: Leave an adapted layer that the loss never reaches at PEFT's own start instead of raising.
+        allow_unreached: Leave an adapted layer that the loss never reaches (a pooler, a fused projection) at PEFT's
+            own start; a warning and the report name it. False: raise instead.
         probe_file: A .safetensors file for the gradient estimate. If it exists it is read instead of running the probe
             (it must come from the same base, the same heads in `modules_to_save`, data and settings); otherwise it is
             written.
@@ -128,7 +129,7 @@ class LoRAGAConfig:
     riemannian_reg: float | None = None
     head_warmup_steps: int = 0
     head_warmup_learning_rate: float = 0.001
-    allow_unreached: bool = False
+    allow_unreached: bool = True
     probe_file: str | None = None
     probe_seed: int = 0
 

@@ -1,12 +1,13 @@
 """
 Methods of a trainer that a bare callback has to wrap, since it can't override them.
 
-Both are wrapped on one instance. [`LoRAGAMixin`] overrides them instead, so nothing is patched there.
+They are wrapped on one instance. [`LoRAGAMixin`] overrides them instead, so nothing is patched there.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -18,6 +19,8 @@ from .saving.resume import checked_checkpoint
 
 if TYPE_CHECKING:
     from transformers import Trainer
+
+    from .callback import LoRAGACallback
 
 
 def put_first(trainer: Trainer, callback: TrainerCallback) -> None:
@@ -40,16 +43,42 @@ def _is_of_transformers(callback: TrainerCallback) -> bool:
     return any(kind.__module__.startswith("transformers.") for kind in kinds)
 
 
-def patch_trainer(trainer: Trainer, callback: TrainerCallback) -> None:
+def log_without_start(
+    log: Callable[..., None], seconds: float, logs: dict[str, Any], start_time: float | None, *more: Any, **kwargs: Any
+) -> None:
     """
-    Make a trainer leave anchored parameters out of weight decay, check a checkpoint before it is loaded, and begin
-    training with a start.
+    Log as a Trainer does, with the time that the start took left out of the runtime and of what is counted by second.
+
+    Args:
+        log: the trainer's own.
+        seconds: the time that the start took in this `train()`.
+        logs: changed in place, as the Trainer changes them: the last ones are what `train()` returns.
+        start_time: when training began, where the Trainer gives it. It counts tokens by second from there.
+        more, kwargs: what else `log` takes.
+    """
+    with_start = logs.get("train_runtime", 0.0)
+    if with_start > seconds > 0:
+        runtime = with_start - seconds
+        logs["train_runtime"] = round(runtime, 4)
+        for name in ("train_samples_per_second", "train_steps_per_second", "train_tokens_per_second"):
+            if name in logs:
+                logs[name] = round(logs[name] * with_start / runtime, 3)
+    if start_time is None:  # a class may have a `log` that takes no more than the figures
+        log(logs, *more, **kwargs)
+    else:
+        log(logs, start_time + seconds, *more, **kwargs)
+
+
+def patch_trainer(trainer: Trainer, callback: LoRAGACallback) -> None:
+    """
+    Make a trainer leave anchored parameters out of weight decay, check a checkpoint before it is loaded, begin
+    training with a start, and leave the time of the start out of its figures.
 
     Args:
         trainer: made already.
         callback: the one that starts.
     """
-    train, choose = trainer.train, trainer.get_decay_parameter_names
+    train, choose, log = trainer.train, trainer.get_decay_parameter_names, trainer.log
 
     @functools.wraps(train)
     def checked_train(resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -60,5 +89,9 @@ def patch_trainer(trainer: Trainer, callback: TrainerCallback) -> None:
         # Decay would untie the halves of `A` and shrink `B0`.
         return without_anchored(choose(model), model)
 
-    trainer.train = checked_train
+    @functools.wraps(log)
+    def timed_log(logs: dict[str, Any], start_time: float | None = None, *args: Any, **kwargs: Any) -> None:
+        log_without_start(log, callback.start_seconds, logs, start_time, *args, **kwargs)
+
+    trainer.train, trainer.log = checked_train, timed_log
     trainer.get_decay_parameter_names = undecayed

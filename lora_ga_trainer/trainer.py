@@ -16,7 +16,7 @@ from .config import LoRAGAConfig
 from .engines.support import holds_whole_gradients
 from .optimizers.build import build_optimizer, require_buildable
 from .optimizers.weight_decay import without_anchored
-from .patches import put_first
+from .patches import log_without_start, put_first
 from .saving.resume import checked_checkpoint
 from .starts.prepare import prepare_adapter, require_config
 from .starts.report import GradientReport
@@ -80,6 +80,12 @@ class LoRAGAMixin(_AnyTrainer):
         """
         put_first(self, self._lora_ga_callback)
         return super().train(checked_checkpoint(self, resume_from_checkpoint), *args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None, *args: Any, **kwargs: Any) -> None:
+        """Log as the Trainer does, with the time of the start left out of the runtime and the rates."""
+        callback = vars(self).get("_lora_ga_callback")  # not there before the end of `__init__`
+        seconds = 0.0 if callback is None else callback.start_seconds
+        log_without_start(super().log, seconds, logs, start_time, *args, **kwargs)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Name the decayed parameters, without anchored ones unless the optimizer decays their net update."""

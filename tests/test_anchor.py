@@ -202,6 +202,48 @@ def test_equals_lora_ga_on_a_changed_base_for_100_adamw_steps_in_fp64() -> None:
     assert (ours - theirs).norm() < 1e-12 * (ours - W).norm()
 
 
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (torch.optim.SGD, {"lr": 0.01, "momentum": 0.9}),
+        (torch.optim.SGD, {"lr": 0.01, "momentum": 0.9, "nesterov": True}),
+        (torch.optim.AdamW, {"lr": 1e-2, "weight_decay": 0.0, "amsgrad": True}),
+        (torch.optim.Adagrad, {"lr": 5e-2}),
+        (torch.optim.RMSprop, {"lr": 3e-3}),
+        (torch.optim.NAdam, {"lr": 1e-2}),
+    ],
+)
+def test_a_hundred_steps_of_any_elementwise_optimizer_are_those_on_a_changed_base(
+    kind: Any, settings: dict[str, Any]
+) -> None:
+    """The base becomes `W - s B0 A0` and plain factors start at `(B0, A0)`, in fp64."""
+    torch.manual_seed(0)
+    W = torch.randn(7, 9, dtype=torch.float64)
+    base = nn.Sequential(nn.Linear(9, 7, bias=False, dtype=torch.float64))
+    with torch.no_grad():
+        base[0].weight.copy_(W)
+    model = tiny.with_lora(base, target_modules=["0"], r=3, lora_alpha=6).double()
+    prepare_adapter(model, LoRAGAConfig())
+    (layer,) = find_adapted_layers(model)
+    B0, A0 = torch.randn(7, 3, dtype=torch.float64), torch.randn(3, 9, dtype=torch.float64)
+    tiny.write_start(layer, B0, A0)
+    x, y = torch.randn(20, 9, dtype=torch.float64), torch.randn(20, 7, dtype=torch.float64)
+    changed, A, B = W - layer.s * B0 @ A0, nn.Parameter(A0.clone()), nn.Parameter(B0.clone())
+    ours, theirs = kind([layer.lora_A.weight, layer.lora_B.weight], **settings), kind([A, B], **settings)
+    for _ in range(100):
+        (model(x) - y).square().mean().backward()
+        (x @ (changed + layer.s * B @ A).T - y).square().mean().backward()
+        for optimizer in (ours, theirs):
+            optimizer.step()
+            optimizer.zero_grad()
+    net = layer.s * layer.lora_B.weight.detach() @ layer.lora_A.weight.detach()
+    twin = layer.s * (B @ A - B0 @ A0).detach()
+    assert twin.norm() > 0.1 * W.norm(), "the test must move the weight"
+    assert (net - twin).norm() < 1e-12 * twin.norm()
+    assert torch.equal(layer.lora_B.weight.detach()[:, 3:], B0)
+    assert (layer.lora_A.weight.detach()[:3] - A0 - layer.lora_A.weight.detach()[3:]).abs().max() < 1e-13
+
+
 def test_bf16_output_stays_within_one_percent_of_its_fp64_value_after_100_steps() -> None:
     torch.manual_seed(0)
     model = tiny.with_lora(nn.Sequential(nn.Linear(64, 48, bias=False)), target_modules=["0"], r=8, lora_alpha=16)

@@ -176,10 +176,11 @@ def test_labels_that_are_all_ignored_are_refused_before_a_step(build):
     assert trainer.state.global_step == 0
 
 
-def test_a_layer_that_the_loss_never_reaches_is_refused_by_name(build):
+def test_a_layer_that_the_loss_never_reaches_is_refused_by_name_where_the_user_wants_it(build):
     base = tiny.llama()
     base.model.aside = torch.nn.Linear(32, 32)
-    trainer = build(tiny.with_lora(base, target_modules=["q_proj", "aside"]))
+    config = LoRAGAConfig(num_samples=4, allow_unreached=False)
+    trainer = build(tiny.with_lora(base, target_modules=["q_proj", "aside"]), config)
     before = snapshot(trainer.model)
     with pytest.raises(ValueError, match=r"never reaches 1 adapted layers: model\.aside.*allow_unreached=True"):
         trainer.train()

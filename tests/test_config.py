@@ -95,10 +95,10 @@ def test_every_field_has_a_help_text_that_argparse_can_print():
 
 
 def test_the_command_line_gives_the_types_of_the_fields():
-    words = "--init lora_one --num_samples 8 --gamma 32 --probe_file a.safetensors --allow_unreached --probe_seed 4"
-    (config,) = HfArgumentParser(LoRAGAConfig).parse_args_into_dataclasses(words.split())
+    words = "--init lora_one --num_samples 8 --gamma 32 --probe_file a.safetensors --allow_unreached false"
+    (config,) = HfArgumentParser(LoRAGAConfig).parse_args_into_dataclasses([*words.split(), "--probe_seed", "4"])
     assert config == LoRAGAConfig(
-        init="lora_one", num_samples=8, gamma=32.0, probe_file="a.safetensors", allow_unreached=True, probe_seed=4
+        init="lora_one", num_samples=8, gamma=32.0, probe_file="a.safetensors", allow_unreached=False, probe_seed=4
     )
     assert isinstance(config.gamma, float)
 

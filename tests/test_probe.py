@@ -437,9 +437,8 @@ def test_an_unreached_layer_is_named(tmp_path: Any) -> None:
     rows = [{"x": torch.randn(6), "labels": torch.randn(3)} for _ in range(8)]
     trainer = in_order(rows, tmp_path, tiny.with_lora(Half(), target_modules=["used", "unused"]))
     with pytest.raises(ValueError, match=r"never reaches 1 adapted layers: unused.*allow_unreached=True"):
-        probe(trainer, exact(num_samples=8))
-    config = exact(num_samples=8, allow_unreached=True)
-    estimate = estimate_gradients(trainer, config, find_adapted_layers(trainer.model))
+        probe(trainer, exact(num_samples=8, allow_unreached=False))
+    estimate = estimate_gradients(trainer, exact(num_samples=8), find_adapted_layers(trainer.model))
     assert estimate.unreached == ["unused"]
 
 

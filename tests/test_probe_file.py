@@ -273,7 +273,7 @@ def test_a_path_that_is_something_else_is_refused(make, tmp_path):
 
 
 def test_a_layer_that_was_never_reached_is_not_left_plain_in_silence(tmp_path):
-    """The file was written with `allow_unreached`, the run that reads it does not allow it."""
+    """The file was written where that is allowed, as it is by default; the run that reads it does not allow it."""
 
     def base():
         model = tiny.llama()
@@ -281,8 +281,8 @@ def test_a_layer_that_was_never_reached_is_not_left_plain_in_silence(tmp_path):
         return model
 
     lora = {"target_modules": ["q_proj", "aside"]}
-    run(tmp_path, base=base(), lora=lora, allow_unreached=True)
-    allowed, _ = run(tmp_path, base=base(), lora=lora, allow_unreached=True)
+    run(tmp_path, base=base(), lora=lora)
+    allowed, _ = run(tmp_path, base=base(), lora=lora)
     assert [item.name for item in allowed.lora_ga_report.layers if item.action == Action.UNREACHED] == ["model.aside"]
     with pytest.raises(ValueError, match=r"model\.aside.*allow_unreached"):
         run(tmp_path, base=base(), lora=lora, allow_unreached=False)

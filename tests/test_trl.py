@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -21,7 +22,8 @@ import tiny_trl
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
+from test_inner_gradients import true_gradients
 from test_probe import assert_equal_gradients, exact
 from test_trainer import adapter_of, assert_bitwise, logits_of
 from torch import Tensor, nn
@@ -42,6 +44,7 @@ CASES: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "dpo": ("DPO", ("prompt", "chosen", "rejected"), {}),
     "dpo-unchecked": ("DPO", ("prompt", "chosen", "rejected"), {"gradient_checkpointing": False}),
     "dpo-precomputed": ("DPO", ("prompt", "chosen", "rejected"), {"precompute_ref_log_probs": True}),
+    "kto": ("KTO", ("prompt", "completion", "label"), {}),
     "grpo": (
         "GRPO",
         ("prompt",),
@@ -54,7 +57,7 @@ CASES: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
         },
     ),
 }
-every_case = pytest.mark.parametrize("case", [case for case in CASES if case != "dpo-precomputed"])
+every_case = pytest.mark.parametrize("case", [case for case in CASES if case not in ("dpo-precomputed", "kto")])
 both_ways = pytest.mark.parametrize("way", ["mixin", "callback"])
 
 
@@ -623,3 +626,42 @@ def test_a_reward_that_never_differs_starts_plain_and_is_warned_of(
     with caplog.at_level("WARNING", logger="lora_ga_trainer"):
         trainer.train()
     assert "0 layers initialised, 14 left plain" in caplog.text
+
+
+# --- experts under losses with a reference --------------------------------------------------------------------------
+
+
+EXPERTS = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], "target_modules": ["q_proj"]}
+
+
+def experts_trainer(trl: ModuleType, kind: str, wrapped: bool, folder: Path, **changes: Any) -> Any:
+    """The reference is the model with the adapter off, or, given a PeftModel, a second adapter that TRL adds."""
+    torch.manual_seed(7)
+    model = tiny.qwen3_moe()
+    lora = tiny_trl.lora(r=2, lora_dropout=0.0, **EXPERTS)
+    given = {"model": get_peft_model(model, lora)} if wrapped else {"model": model, "passed": {"peft_config": lora}}
+    if kind == "kto":
+        rows = tiny_trl.dataset(8, "prompt", "completion").to_list()
+        given["rows"] = Dataset.from_list([row | {"label": i % 3 > 0} for i, row in enumerate(rows)])
+    settings = {"train_sampling_strategy": "sequential", "gradient_checkpointing": False} | changes
+    return make(trl, kind, "mixin", folder, **given, **settings)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("kind", ["dpo", "kto"])
+def test_experts_get_the_gradient_of_the_policy(trl: ModuleType, kind: str, wrapped: bool, tmp_path: Path) -> None:
+    trainer = experts_trainer(trl, kind, wrapped, tmp_path)
+    found, _ = probe(trainer, num_samples=8)
+    assert any("experts" in name for name in found)
+    assert_equal_gradients(found, true_gradients(trainer, 2), rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto", "grpo"])
+def test_experts_train_under_losses_with_a_reference(trl: ModuleType, kind: str, tmp_path: Path) -> None:
+    trainer = experts_trainer(trl, kind, False, tmp_path, gradient_checkpointing=kind != "grpo")
+    trainer.train()
+    started = [layer.name for layer in trainer.lora_ga_report.layers if not layer.action.is_plain]
+    assert any("experts" in name for name in started)
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    assert len(losses) == 2
+    assert all(math.isfinite(loss) for loss in losses)

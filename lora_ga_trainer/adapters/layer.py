@@ -79,6 +79,12 @@ class AdaptedLayer:
         return isinstance(self.lora_A, AnchoredA)
 
     @property
+    def acts(self) -> bool:
+        """Whether a forward pass now would add the adapter: it is active, and neither switched off nor merged."""
+        module = self.module
+        return not module.disable_adapters and not module.merged and self.adapter in module.active_adapters
+
+    @property
     def s(self) -> float:
         """PEFT's `scaling`: the adapted weight is `W + s B A`."""
         return self.module.scaling[self.adapter]

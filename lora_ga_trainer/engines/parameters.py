@@ -60,6 +60,11 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def own_part(tensor: Tensor) -> Tensor:
+    """Return the part of a DTensor that this process holds, which shares its memory, and any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def like_parameter(value: Tensor, parameter: Tensor) -> Tensor:
     """Shard a full `value` as `parameter` is sharded. Every process passes the same value. Collective."""
     if not isinstance(parameter, DTensor):

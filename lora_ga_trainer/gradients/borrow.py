@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from ..engines.devices import preserved_rng
+from .leaves import preserved_leaves
+from .model_state import keep_model
+from .state import KeptState
 
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
     from transformers import Trainer
 
+logger = logging.getLogger(__name__)
+
 _ABSENT = object()
+
+
+# What can't be given back is said once a trainer.
+_NAMED: WeakKeyDictionary[Trainer, set[str]] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -28,29 +38,82 @@ def borrowed(trainer: Trainer, model: nn.Module, dataset: Dataset | None = None)
     Lend the trainer and its model to passes that are not training, and put everything back.
 
     Inside: random number generators are free to move, `model` is in train mode (activation checkpointing needs it)
-    with every dropout and NEFTune's noise at 0, no parameter requires grad, compiled code runs eagerly, nothing is
-    reported to trackers, each micro-batch is a step of its own, and `dataset`, if given, stands in for the training
-    data. Afterwards all of that, the accelerator's data loader bookkeeping, running statistics of batch norms and
-    what the trainer itself counts are what they were.
+    with every dropout and NEFTune's noise at 0, no parameter has a gradient, compiled code runs eagerly, nothing is
+    logged or reported to trackers, each micro-batch is a step of its own, and `dataset`, if given, stands in for the
+    training data. Afterwards all of that is what it was. So are the accelerator's data loader bookkeeping, what the
+    trainer itself keeps in its attributes, the state of the data set, the sampler, the collator and the data loader
+    (see [`KeptState`]), and what a forward pass changes in a model (see [`keep_model`]).
+
+    What was found that can't be given back is named in a warning, before anything runs.
     """
     with ExitStack() as stack:
         stack.enter_context(preserved_rng())
         stack.enter_context(_preserved_loaders(trainer))
-        stack.enter_context(preserved_attributes(trainer))
+        stack.enter_context(preserved_state(trainer, model, dataset))
         stack.enter_context(_train_mode(model))
-        stack.enter_context(_preserved_running_statistics(model))
         stack.enter_context(_without_noise(model))
-        stack.enter_context(_without_grad(model))
+        stack.enter_context(preserved_leaves(model))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         # Items are weighted and summed over processes by the probe, not by `compute_loss`.
         stack.enter_context(attribute(trainer.args, "average_tokens_across_devices", False))
         # Losses that divide a part of themselves by it (TRL's, the router loss of experts) find it set in a step only.
         stack.enter_context(attribute(trainer, "current_gradient_accumulation_steps", 1))
+        stack.enter_context(attribute(trainer, "log", _log_nothing))
+        stack.enter_context(attribute(trainer.accelerator, "log", _log_nothing))
         # TRL's trainers send the time that parts of a step took to the trackers themselves.
         stack.enter_context(attribute(trainer.args, "report_to", []))
         if dataset is not None:
             stack.enter_context(attribute(trainer, "train_dataset", dataset))
         yield
+
+
+def _log_nothing(*args: Any, **kwargs: Any) -> None:
+    """Stand in for `log` where nothing is trained."""
+
+
+@contextmanager
+def preserved_state(
+    trainer: Trainer, model: nn.Module | None = None, dataset: Dataset | None = None
+) -> Iterator[None]:
+    """
+    Give back what objects of a training run keep in themselves.
+
+    Args:
+        trainer: the data set, the collator and the data loader that it trains with are looked at.
+        model: if given, what passes through a model change is given back as well, of this one and of others that the
+            trainer holds, and what the trainer keeps in its own attributes.
+        dataset: another data set that is read.
+    """
+    kept = KeptState()
+    try:
+        kept.leave_out(trainer.model, trainer.model_wrapped, trainer.eval_dataset)
+        kept.keep(trainer.data_collator, "data_collator")
+        kept.keep(trainer.train_dataset if dataset is None else dataset, "train_dataset")
+        # Training has its loader already. A trainer may hand out the same one again.
+        kept.keep(trainer.callback_handler.train_dataloader, "train_dataloader")
+        if model is not None:
+            kept.keep(vars(trainer), "trainer", closures=False)
+            kept.keep_generators(type(trainer), type(trainer).__name__)
+            keep_model(kept, model, "model")
+            for name, other in list(kept.models.items()):
+                keep_model(kept, other, name)
+        _name_lost(trainer, kept)
+        yield
+    finally:
+        kept.give_back()
+
+
+def _name_lost(trainer: Trainer, kept: KeptState) -> None:
+    """Say once what the probe will change."""
+    named = _NAMED.setdefault(trainer, set())
+    lost = {name: why for name, why in kept.lost.items() if name not in named}
+    named.update(lost)
+    if lost:
+        logger.warning(
+            "The probe reads from what it can't give back, so training may see other batches than without it: %s. "
+            "Pass a `probe_dataset`, or keep the state in attributes or generators of Python, NumPy or torch.",
+            "; ".join(f"{name} ({why})" for name, why in lost.items()),
+        )
 
 
 @contextmanager
@@ -80,26 +143,6 @@ def _preserved_loaders(trainer: Trainer) -> Iterator[None]:
         state._set_sync_gradients(sync)
 
 
-@contextmanager
-def preserved_attributes(trainer: Trainer) -> Iterator[None]:
-    """
-    Give a trainer back its attributes, and the entries of containers that are its own.
-
-    Trainer classes keep running figures, buffers and step counts while they compute a loss (TRL's do), in private
-    attributes, which are lent as copies, and in the count of tokens seen of their state.
-    """
-    before = vars(trainer).copy()
-    for name, value in before.items():
-        if name.startswith("_"):
-            setattr(trainer, name, copy_containers(value))
-    try:
-        with attribute(trainer.state, "num_input_tokens_seen", trainer.state.num_input_tokens_seen):
-            yield
-    finally:
-        vars(trainer).clear()
-        vars(trainer).update(before)
-
-
 def copy_containers(value: Any) -> Any:
     """Copy dicts, lists, tuples, deques and sets inside each other, not what they hold; a `defaultdict` stays one."""
     if type(value) is tuple:
@@ -124,18 +167,6 @@ def _train_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-@contextmanager
-def _preserved_running_statistics(model: nn.Module) -> Iterator[None]:
-    norms = [module for module in model.modules() if isinstance(module, _NormBase)]
-    buffers = [buffer for norm in norms for buffer in norm.buffers()]
-    before = [buffer.clone() for buffer in buffers]
-    try:
-        yield
-    finally:
-        for buffer, value in zip(buffers, before, strict=True):
-            buffer.copy_(value)
 
 
 @contextmanager
@@ -165,30 +196,3 @@ def _noise_names(owner: Any) -> list[str]:
         for name, value in vars(owner).items()
         if (name == "neftune_noise_alpha" or is_probability(name, value)) and value
     ]
-
-
-@contextmanager
-def _without_grad(model: nn.Module) -> Iterator[None]:
-    """Let no parameter require grad whenever the model runs."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    switch_off_grad(model)
-    handle = model.register_forward_pre_hook(lambda *_: switch_off_grad(model))
-    try:
-        yield
-    finally:
-        handle.remove()
-        for parameter, flag in flags:
-            if parameter.requires_grad != flag:
-                parameter.requires_grad_(flag)
-
-
-def switch_off_grad(model: nn.Module) -> None:
-    """
-    Let no parameter require grad from now on.
-
-    PEFT switches an adapter's parameters on again after each time that it was disabled or changed for another one, as
-    losses with a reference do (DPO's).
-    """
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.requires_grad_(False)

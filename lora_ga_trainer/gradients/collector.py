@@ -13,9 +13,11 @@ from torch import Tensor
 from ..adapters.layer import AdaptedExperts, AdaptedLayer
 from ..config import LoRAGAConfig
 from ..engines.collectives import gather_integers, share_from_owners, sum_over_processes
+from ..engines.support import probed_module
 from .accumulator import DTYPES, Accumulator
 from .estimate import NonFiniteGradient
 from .failing import UNCHANGED
+from .leaves import discarded_gradients
 from .moments import LayerMoments, make_moment_sums
 from .sketch import SketchedGradient, make_accumulators, turn
 from .tap import tapped, tapped_parameters
@@ -56,7 +58,7 @@ class Collector:
         self.moment_sums = make_moment_sums(config, layers)
         self.weight = self.share = 0.0
         self.bytes_sent = 0
-        self._looking = False
+        self._looking = self._running = False
         self._hits = dict.fromkeys((layer.name for layer in layers), 0)
         self._met: dict[str, AdaptedLayer] = {}  # in the order in which the backward pass reached them
 
@@ -75,24 +77,36 @@ class Collector:
         modules = {layer.name: layer.base for layer in linear}
         parameters = [(layer.base, layer.parameter_name) for layer in bare]
         with (
-            tapped(modules, lambda index, x, dy: self._collect(linear[index], x, dy)),
-            tapped_parameters(parameters, lambda index, dW: self._collect_dense(bare[index], dW)),
+            tapped(
+                modules,
+                lambda index, x, dy, own: self._collect(linear[index], x, dy, own),
+                counts=lambda index: linear[index].acts,
+            ),
+            tapped_parameters(
+                parameters,
+                lambda index, dW: self._collect_dense(bare[index], dW),
+                counts=lambda index: bare[index].acts,
+            ),
         ):
             yield
 
-    def _collect(self, layer: AdaptedLayer, x: Tensor, dy: Tensor) -> None:
+    def _collect(self, layer: AdaptedLayer, x: Tensor, dy: Tensor, own: bool) -> None:
+        if not self._running:
+            return
         self._meet(layer)
         (accumulator,) = self._of(layer)
         if self._counts(accumulator):
             # The layers of a model that is spread over devices compute on their own: the sums live beside them.
             accumulator.move_to(dy.device)
             accumulator.add(x, dy, self.weight / self.loss_scale)
-        if self.share > 0 and self.moment_sums:
+        if own and self.share > 0 and self.moment_sums:
             # Rows without a label have an input all the same, wherever the data is cut into micro-batches.
             self.moment_sums[layer.name].add(x, dy, self.weight / self.share / self.loss_scale, self.share)
 
     def _collect_dense(self, layer: AdaptedExperts, dW: Tensor) -> None:
         """Fold the gradient of all experts of a layer into their accumulators; the caller frees it."""
+        if not self._running:
+            return
         self._meet(layer)
         for accumulator, G in zip(self._of(layer), layer.by_expert(dW), strict=True):
             if self._counts(accumulator):
@@ -122,8 +136,13 @@ class Collector:
         """
         self.weight, self.share = weight, share
         self._met.clear()
-        (loss * self.loss_scale).backward()
-        self.weight = self.share = 0.0  # a backward pass inside the next loss is not that of the loss
+        self._running = True  # a backward pass inside a loss is not that of the loss
+        try:
+            with discarded_gradients(probed_module(self.trainer)):
+                (loss * self.loss_scale).backward()
+        finally:
+            self._running = False
+        self.weight = self.share = 0.0
         if weight > 0:
             self._require_finite(number)
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..adapters.layer import AdaptedLayer
 from ..config import LoRAGAConfig
 from .accumulator import Accumulator
 from .moments import LayerMoments
+
+
+logger = logging.getLogger(__name__)
 
 
 class NonFiniteGradient(ValueError):
@@ -30,6 +36,7 @@ class GradientEstimate:
         seconds: wall time of the probe.
         bytes_sent: bytes that this process handed to all-reduces.
         unreached: layers that the loss never reached.
+        shared: layers that it reached whose weight has other uses, which `G` leaves out.
         moments: what the init asks for beside `G`, by the name of the layer; empty if it asks for nothing.
         first_batch: the first prepared inputs of this process, for measuring the loss before and after the write.
         first_items: items of `first_batch` that count.
@@ -44,6 +51,7 @@ class GradientEstimate:
     seconds: float = 0.0
     bytes_sent: int = 0
     unreached: list[str] = field(default_factory=list)
+    shared: list[str] = field(default_factory=list)
     moments: dict[str, LayerMoments] = field(default_factory=dict)
     first_batch: Any = None
     first_items: float = 0.0
@@ -57,21 +65,39 @@ class GradientEstimate:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def require_reached(unreached: list[str], config: LoRAGAConfig, source: str | None = None) -> None:
+def require_reached(
+    unreached: Sequence[str], layers: Sequence[AdaptedLayer], config: LoRAGAConfig, source: str | None = None
+) -> None:
     """
-    Refuse layers that the loss never reached, unless the config allows them.
+    Name the layers that the loss never reached in a warning, or refuse them.
 
     Args:
         unreached: their names.
+        layers: all that were looked at.
         config: `allow_unreached` is read.
         source: where the names come from, for the message: a probe that runs now names none.
 
     Raises:
-        `ValueError`: naming the layers.
+        `ValueError`: if the loss reaches no layer at all, or if `allow_unreached` is `False`, naming the layers.
     """
-    if unreached and not config.allow_unreached:
-        what = "The loss" if source is None else f"{source}: the loss"
+    if not unreached:
+        return
+    what = "The loss" if source is None else f"{source}: the loss"
+    if len(unreached) == len(layers):
+        raise ValueError(
+            f"{what} reaches none of the {len(layers)} adapted layers ({', '.join(unreached[:5])}, ...): training "
+            "would change nothing. Name layers in `target_modules` that the loss depends on, and look for `no_grad`, "
+            "`detach` or a reentrant checkpoint without an input that requires grad between them and the loss."
+        )
+    if not config.allow_unreached:
         raise ValueError(
             f"{what} never reaches {len(unreached)} adapted layers: {', '.join(unreached[:5])}. Leave them out of "
             "`target_modules`, or set LoRAGAConfig(allow_unreached=True) to start them as plain LoRA."
         )
+    logger.warning(
+        "%s never reaches %d of the %d adapted layers. They keep PEFT's own start: %s.",
+        what,
+        len(unreached),
+        len(layers),
+        ", ".join(unreached),
+    )

@@ -6,10 +6,11 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..adapters.find import find_adapted_layers, require_peft_model
@@ -23,6 +24,7 @@ from .counting import Counts
 from .estimate import GradientEstimate, NonFiniteGradient, require_reached
 from .failing import failing_together
 from .samples import MicroBatch, count_items, mean_loss, micro_batches, require_rewindable
+from .sharing import WeightUses, name_shared
 from .sketch import turning_points
 
 
@@ -58,6 +60,10 @@ def estimate_gradients(
     `even_batches` filled up with repeats counts by the share of its own samples. Sums are kept in fp32. Nothing of the
     trainer, the model or the data order changes.
 
+    `G` is the gradient through the calls of the layer, which is what the adapter changes. Where a weight has other
+    uses (it is tied to an embedding, or handed to a function), the gradient of a full fine-tuning would add theirs.
+    The estimate and a warning name such layers.
+
     Args:
         trainer: a trainer whose model is prepared (any time after `on_train_begin`).
         config: `num_samples`, `estimator`, `sketch_size`, `probe_seed` and `allow_unreached` are read.
@@ -65,8 +71,8 @@ def estimate_gradients(
         probe_dataset: examples to use instead of the trainer's `train_dataset`.
 
     Raises:
-        `ValueError`: if the data is empty, has no labels, or is a stream that can't be rewound; if a layer is never
-            reached by the loss (unless `allow_unreached`).
+        `ValueError`: if the data is empty, has no labels, or is a stream that can't be rewound; if the loss reaches no
+            layer, or not all of them and `allow_unreached` is `False`.
         `NonFiniteGradient`: naming the batch and the layer.
     """
     model = probed_module(trainer)
@@ -99,6 +105,7 @@ class _Probe:
     ) -> None:
         self.trainer, self.model, self.config = trainer, model, config
         self.collector = Collector(trainer, config, layers, loss_scale)
+        self.uses = WeightUses(model, layers)
         self.counts = Counts()
 
     def run(self) -> GradientEstimate:
@@ -107,7 +114,7 @@ class _Probe:
             self._pass(bar)
         self.counts.sum_over(self.trainer)
         unreached = self.collector.unreached()
-        require_reached(unreached, self.config)
+        require_reached(unreached, self.collector.layers, self.config)
         if self.counts.samples < self.config.num_samples:
             logger.warning(
                 "The probe used %d of the %d samples asked for: the data has no more.",
@@ -115,7 +122,9 @@ class _Probe:
                 self.config.num_samples,
             )
         self.collector.finish(self.counts.items)
-        return self._result(unreached, time.perf_counter() - start)
+        estimate = self._result(unreached, time.perf_counter() - start)
+        name_shared(estimate.shared)
+        return estimate
 
     def _pass(self, bar: tqdm) -> None:
         """Run every sample once; sketches turn at the first end of a round at or after a turning point."""
@@ -140,14 +149,14 @@ class _Probe:
         """
         with failing_together(self.trainer, 0), self.collector.only_looking():
             items = count_items(self.trainer, micro_batch)
-            loss = mean_loss(self.trainer, self.model, micro_batch.batch, items)
+            loss = self._loss(0, micro_batch, items)
             self.collector.collect(loss, items * micro_batch.share, 0.0, 0)
         self.collector.turn()
         self.collector.forget()
 
     def _step(self, number: int, micro_batch: MicroBatch) -> None:
         items = count_items(self.trainer, micro_batch)
-        loss = mean_loss(self.trainer, self.model, micro_batch.batch, items)
+        loss = self._loss(number, micro_batch, items)
         share = micro_batch.share
         weight, value = items * share, loss.item()
         if weight > 0 and not math.isfinite(value):
@@ -155,6 +164,11 @@ class _Probe:
         # A batch that does not count runs all the same: sharded models need every process in every pass.
         self.collector.collect(loss, weight, share, number)
         self.counts.add(micro_batch, weight, value)
+
+    def _loss(self, number: int, micro_batch: MicroBatch, items: float) -> Tensor:
+        # Every micro-batch uses the weights alike, and watching takes time.
+        with self.uses.watched() if number == 0 else nullcontext():
+            return mean_loss(self.trainer, self.model, micro_batch.batch, items)
 
     def _result(self, unreached: list[str], seconds: float) -> GradientEstimate:
         counts = self.counts
@@ -168,6 +182,7 @@ class _Probe:
             seconds=seconds,
             bytes_sent=self.collector.bytes_sent,
             unreached=unreached,
+            shared=[name for name in self.uses.found if name not in unreached],
             first_batch=counts.first_batch,
             first_items=counts.first_items,
             first_loss=counts.first_loss,

@@ -21,10 +21,12 @@ from ..saving.atomic import whole_file
 from ..saving.fingerprint import fingerprint_base, fingerprint_dataset, fingerprint_heads
 from ..saving.json_file import is_number, parse_json, short
 from .accumulator import Accumulator
+from .borrow import preserved_state
 from .estimate import GradientEstimate, require_reached
 from .moments import COLUMNS, LayerMoments, needs_of, require_inputs
 from .probe import estimate_gradients
 from .restore import read_tensors
+from .sharing import name_shared
 from .sketch import directions_used, sketch_columns
 
 
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     from torch.utils.data import Dataset
     from transformers import Trainer
 
-_FORMAT = "3"
+_FORMAT = "4"
 _FIGURES = ("samples", "items", "tokens", "loss", "seconds", "bytes_sent")
 
 
@@ -53,6 +55,7 @@ def save_estimate(
         **_fingerprints(config, model, layers, dataset),
         "figures": json.dumps({name: getattr(estimate, name) for name in _FIGURES}),
         "unreached": json.dumps(estimate.unreached),
+        "shared": json.dumps(estimate.shared),
         "holds": json.dumps(
             ["singular_pairs", *sorted({kind for m in estimate.moments.values() for kind in m.holds})]
         ),
@@ -91,7 +94,8 @@ def load_estimate(
 
     Raises:
         `ValueError`: if the file is damaged, or comes from another base, head, data set or other settings; the message
-            names which. Also if it left layers unreached, or does not hold what the init of this run needs.
+            names which. Also if it left layers unreached that this run does not allow, or does not hold what the init
+            of this run needs.
     """
     path = _path(config)
     if not path.exists():
@@ -106,12 +110,14 @@ def load_estimate(
                 f"this run's {value!r}. Delete it to probe anew, or name another file."
             )
     with _damage_named(config):
-        figures, unreached = _parse_figures(metadata), _parse_unreached(metadata, layers)
+        figures = _parse_figures(metadata)
+        unreached, shared = (_parse_names(metadata, key, layers) for key in ("unreached", "shared"))
         accumulators, moments = read_tensors(path, layers)
-    require_reached(unreached, config, f"probe_file={config.probe_file!r}")
+    require_reached(unreached, layers, config, f"probe_file={config.probe_file!r}")
     _require_directions(config, layers, accumulators)
     _require_moments(config, layers, moments)
-    return GradientEstimate(estimators=accumulators, moments=moments, unreached=unreached, **figures)
+    name_shared(shared)
+    return GradientEstimate(estimators=accumulators, moments=moments, unreached=unreached, shared=shared, **figures)
 
 
 @contextmanager
@@ -136,11 +142,12 @@ def _parse_figures(metadata: dict[str, str]) -> dict[str, Any]:
     return figures
 
 
-def _parse_unreached(metadata: dict[str, str], layers: Sequence[AdaptedLayer]) -> list[str]:
-    unreached, names = parse_json(metadata["unreached"]), {layer.name for layer in layers}
-    if not isinstance(unreached, list) or not all(type(name) is str and name in names for name in unreached):
-        raise KeyError(f"unreached={short(unreached)} does not name adapted layers")
-    return unreached
+def _parse_names(metadata: dict[str, str], key: str, layers: Sequence[AdaptedLayer]) -> list[str]:
+    """Read names of layers."""
+    found, names = parse_json(metadata[key]), {layer.name for layer in layers}
+    if not isinstance(found, list) or not all(type(name) is str and name in names for name in found):
+        raise KeyError(f"{key}={short(found)} does not name adapted layers")
+    return found
 
 
 def _require_directions(
@@ -234,8 +241,10 @@ def load_or_estimate(
             f"probe_file={config.probe_file!r} is there for {sum(seen)} of {len(seen)} processes only. Name a file "
             "in a folder that all of them share."
         )
-    estimate = load_estimate(config, model, layers, dataset)
+    with preserved_state(trainer, dataset=dataset):  # fingerprints read some examples
+        estimate = load_estimate(config, model, layers, dataset)
     if estimate is None:
         estimate = estimate_gradients(trainer, config, layers, probe_dataset)
-        save_estimate(estimate, config, model, layers, dataset, write=trainer.is_world_process_zero())
+        with preserved_state(trainer, dataset=dataset):
+            save_estimate(estimate, config, model, layers, dataset, write=trainer.is_world_process_zero())
     return estimate

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sized
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from ..engines.collectives import gather_integers
 from ..engines.devices import preserved_rng
-from .borrow import attribute, copy_containers, switch_off_grad
+from .borrow import attribute, copy_containers, preserved_state
+from .own_step import has_own_step, loss_of_step
 
 
 if TYPE_CHECKING:
@@ -58,7 +60,8 @@ class _CountingCollator:
         return getattr(self.collate, name)
 
     def __call__(self, samples: Any) -> Any:
-        batch = self.collate(samples)
+        # Collators may take entries out of samples, or write into them. The data set may hand out the same ones again.
+        batch = self.collate(_own(samples))
         if isinstance(batch, MutableMapping):
             batch[_SAMPLES] = torch.ones(len(samples))  # one entry a sample, so that it is dispatched as others are
         return batch
@@ -81,7 +84,7 @@ def micro_batches(trainer: Trainer, num_samples: int) -> Iterator[MicroBatch]:
         num_samples: at least this many, if the data has them.
 
     Raises:
-        `ValueError`: if the data loader has nothing for a process from the start, and something for others.
+        `ValueError`: if the data loader has nothing from the start, for any process or for one of them.
     """
     with attribute(trainer, "data_collator", _CountingCollator(trainer.data_collator)):
         loader = trainer.get_train_dataloader()
@@ -95,6 +98,8 @@ def micro_batches(trainer: Trainer, num_samples: int) -> Iterator[MicroBatch]:
         of_processes = gather_integers(trainer, 0 if batch is None or last is None else last[1], int(last is not None))
         sizes = [size for size, _ in of_processes]
         real = _real_samples(loader, sum(sizes))
+        if real == 0 and taken == 0:
+            raise ValueError(_no_batch(trainer))
         if real == 0:
             return
         if last is None or not all(
@@ -109,6 +114,20 @@ def micro_batches(trainer: Trainer, num_samples: int) -> Iterator[MicroBatch]:
         yield MicroBatch(last[0], size=size, share=own / size if size else 0.0, samples=real)
         taken += real
         _count_step(trainer)
+
+
+def _no_batch(trainer: Trainer) -> str:
+    """Say why a data loader may give nothing."""
+    args, dataset = trainer.args, trainer.train_dataset
+    rows = f"{len(dataset)} rows" if isinstance(dataset, Sized) else "no length"
+    if not args.dataloader_drop_last:
+        return f"The train dataloader gave no batch. Its data set has {rows}: check what filters and samples it."
+    processes = trainer.accelerator.num_processes
+    return (
+        f"The train dataloader gave no batch. The data set has {rows}, a round takes {trainer._train_batch_size} on "
+        f"each of {processes} processes, and dataloader_drop_last=True leaves out what does not fill one. Lower "
+        "per_device_train_batch_size, or set dataloader_drop_last=False."
+    )
 
 
 def _prepare(trainer: Trainer, batch: Any) -> tuple[Any, int]:
@@ -142,6 +161,21 @@ def _rows(value: Any) -> int | None:
         return len(value)
     entries = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
     return next((rows for rows in map(_rows, entries) if rows is not None), None)
+
+
+def _own(value: Any) -> Any:
+    """Copy containers, tensors and arrays inside each other, not what else they hold."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        return value.clone() if isinstance(value, Tensor) else value.copy()
+    if type(value) in (dict, list, tuple):
+        items = map(_own, value.values() if isinstance(value, dict) else value)
+        return dict(zip(value, items, strict=True)) if isinstance(value, dict) else type(value)(items)
+    if isinstance(value, MutableMapping):
+        new = copy.copy(value)
+        for key, item in value.items():
+            new[key] = _own(item)
+        return new
+    return value
 
 
 def _count_step(trainer: Trainer) -> None:
@@ -190,15 +224,22 @@ def mean_loss(trainer: Trainer, model: nn.Module, batch: Any, items: float) -> T
     """
     Compute the trainer's own loss of one prepared micro-batch, a mean over its `items`, with the graph attached.
 
-    The model is borrowed: no parameter requires grad when its backward pass runs checkpointed layers again either.
+    Where the trainer has a `training_step` of its own that does not call the one of the class above it, it is the loss
+    of the first backward pass there.
 
     Raises:
         `ValueError`: if the batch gives no loss, because it has no labels.
     """
     divisor = torch.tensor(max(items, 1.0), device=trainer.args.device)
+    own = has_own_step(trainer)
+    loss = (loss_of_step if own else _computed_loss)(trainer, model, _lent(batch), divisor)
+    return loss.mean()
+
+
+def _computed_loss(trainer: Trainer, model: nn.Module, batch: Any, divisor: Tensor) -> Tensor:
     with trainer.compute_loss_context_manager():
         try:
-            loss = trainer.compute_loss(model, _lent(batch), num_items_in_batch=divisor)
+            return trainer.compute_loss(model, batch, num_items_in_batch=divisor)
         except ValueError as error:
             if "did not return a loss" not in str(error) or not isinstance(batch, Mapping) or "labels" in batch:
                 raise
@@ -206,8 +247,6 @@ def mean_loss(trainer: Trainer, model: nn.Module, batch: Any, items: float) -> T
                 f"The train dataset has no labels: its batches hold {sorted(batch)} and the model returned no loss. "
                 "Add a `labels` column, use a data collator that makes one, or override `compute_loss`."
             ) from error
-    switch_off_grad(model)
-    return loss.mean()
 
 
 def _lent(batch: Any) -> Any:
@@ -241,7 +280,7 @@ def require_rewindable(trainer: Trainer) -> None:
 
 
 def _first_batch(trainer: Trainer) -> Any:
-    with preserved_rng():
+    with preserved_rng(), preserved_state(trainer):
         return next(iter(trainer.get_train_dataloader()), None)
 
 

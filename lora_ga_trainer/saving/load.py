@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import nn
 
 from ..adapters.anchor import tie_adapter
-from ..adapters.find import active_adapter, find_adapted_layers, require_peft_model
+from ..adapters.find import active_adapter, find_lora_layers, require_peft_model
 from .fingerprint import fingerprint_base
 from .json_file import short
 from .record import attach_record, read_record
@@ -45,7 +45,7 @@ def load_adapter(base_model: nn.Module, folder: str | os.PathLike[str], **kwargs
     if record is None:
         logger.warning("%s has no lora_ga.json: it continues as a plain LoRA adapter of its stored rank.", folder)
         return model
-    layers = find_adapted_layers(require_peft_model(model))
+    layers = find_lora_layers(require_peft_model(model))
     base = fingerprint_base(model, layers)
     if base != record.base:
         raise ValueError(

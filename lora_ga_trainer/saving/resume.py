@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from ..adapters.find import find_adapted_layers, require_peft_model
+from ..adapters.find import find_lora_layers, require_peft_model
 from ..engines.support import require_resumable_engine
 from .fingerprint import fingerprint_base
 from .intact import newest_complete_checkpoint, require_complete
@@ -38,7 +38,7 @@ def require_resumable(folder: str | os.PathLike[str], model: nn.Module) -> None:
     model = require_peft_model(model)
     place = adapter_folder(folder, model)
     found = require_record(place, expected)
-    base = fingerprint_base(model, find_adapted_layers(model))
+    base = fingerprint_base(model, find_lora_layers(model))
     for what, theirs, ours in (
         ("init", found.init, expected.init),
         ("rank", found.rank, expected.rank),

@@ -181,6 +181,7 @@ class _Starter:
             energy_kept=top.kept,
             sketched=self.estimate.estimators[name].sketched,
             action=action,
+            shares_weight=layer.name in self.estimate.shared,
         )
 
     def _generator(self, name: str) -> torch.Generator:

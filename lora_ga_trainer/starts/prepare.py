@@ -12,7 +12,7 @@ from torch import nn
 from transformers import Trainer
 
 from ..adapters.anchor import expand_adapter, halve_adapter
-from ..adapters.find import active_adapter, find_adapted_layers, is_trained, require_peft_model
+from ..adapters.find import active_adapter, find_adapted_layers, find_lora_layers, is_trained, require_peft_model
 from ..adapters.layer import AdaptedLayer
 from ..config import LoRAGAConfig
 from ..engines.support import require_supported
@@ -91,7 +91,9 @@ def prepare_adapter(model: nn.Module, config: LoRAGAConfig, optimizer: torch.opt
     """
     wrapped = require_peft_model(model)
     adapter = active_adapter(wrapped)
-    layers = find_adapted_layers(wrapped)
+    find_adapted_layers(wrapped)  # refuses an adapter of which nothing is trained
+    # What is frozen now may be trained later. The adapter is stored in one form, whoever trains it.
+    layers = find_lora_layers(wrapped)
     peft_config = wrapped.peft_config[adapter]
     record = record_of_model(wrapped)
     if record is not None:

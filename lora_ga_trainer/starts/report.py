@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..adapters.layer import AdaptedLayer
 from ..saving.atomic import whole_file
 
 
@@ -28,11 +29,12 @@ class Action(str, Enum):
     PADDED = "initialised, padded with a plain start: r > min(out, in)"
     ZERO_GRADIENT = "plain start: zero gradient"
     UNREACHED = "plain start: never reached by the loss"
+    FROZEN = "plain start: frozen when training began"
 
     @property
     def is_plain(self) -> bool:
         """Whether the layer was left at PEFT's own start."""
-        return self in (Action.ZERO_GRADIENT, Action.UNREACHED)
+        return self in (Action.ZERO_GRADIENT, Action.UNREACHED, Action.FROZEN)
 
     def __str__(self) -> str:
         return self.value
@@ -52,7 +54,7 @@ class LayerReport:
         rank: r of the factors that learn.
         scale: length c of the rows of `A0` and columns of `B0`; for LoRA-One the length of the first one.
         singular_values: of the gradient of the weight, descending; as many as the init uses, at most
-            `min(2r, out, in)`.
+            `min(2r, out, in)`. None of a layer that was frozen.
         energy_share_r: share of `||G||^2` that the top r directions hold.
         energy_share_2r: share of `||G||^2` that the top 2r directions hold; `None` for an init that uses r only.
         energy_kept: what the estimated directions hold of the energy that the best ones hold, as the estimator
@@ -62,6 +64,8 @@ class LayerReport:
         experts: weights of this shape that share the layer; 1 in a linear layer.
         experts_plain: of these, those left at a plain LoRA start because their gradient is zero: the samples never
             reached them.
+        shares_weight: whether the weight has other uses in the model (it is tied to another module, or handed to a
+            function). The adapter and the start are about the use by this layer alone.
     """
 
     name: str
@@ -76,11 +80,30 @@ class LayerReport:
     action: Action
     experts: int = 1
     experts_plain: int = 0
+    shares_weight: bool = False
 
     @property
     def energy_share(self) -> float:
         """Share of `||G||^2` that the directions in use hold: the top 2r, or r for an init that uses no more."""
         return self.energy_share_r if self.energy_share_2r is None else self.energy_share_2r
+
+
+def report_frozen(layer: AdaptedLayer) -> LayerReport:
+    """Report a layer that the probe did not look at, because it was not trained when training began."""
+    return LayerReport(
+        name=layer.name,
+        shape=layer.shape,
+        rank=layer.rank,
+        scale=0.0,
+        singular_values=[],
+        energy_share_r=0.0,
+        energy_share_2r=None,
+        energy_kept=1.0,
+        sketched=False,
+        action=Action.FROZEN,
+        experts=layer.experts,
+        experts_plain=layer.experts,
+    )
 
 
 def report_experts(name: str, reports: Sequence[LayerReport]) -> LayerReport:
@@ -120,7 +143,8 @@ class GradientReport:
         bytes_sent: handed to all-reduces by this process.
         loss_before, loss_after: on this process's first probe batch, dropout off, before and after the write. `None`
             where the probe was read from a file.
-        layers: one report a layer.
+        layers: one report a layer that the probe looked at, in the model's order, then one a layer of the adapter that
+            was frozen when training began and has no start for that reason.
     """
 
     init: str
@@ -153,7 +177,7 @@ class GradientReport:
             "energy_share_2r": _mean(shares_2r),
             "energy_kept_min": min((layer.energy_kept for layer in started), default=None),
         }
-        fused = [layer for layer in self.layers if layer.experts > 1]
+        fused = [layer for layer in self.layers if layer.experts > 1 and layer.action is not Action.FROZEN]
         if fused:
             figures["experts_plain"] = sum(layer.experts_plain for layer in fused)
             figures["experts_initialised"] = sum(layer.experts for layer in fused) - figures["experts_plain"]
@@ -214,9 +238,10 @@ class GradientReport:
         figure = Figure(figsize=(9, 4.5), dpi=120, layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots()
-        used_2r = any(layer.energy_share_2r is not None for layer in self.layers)
+        seen = [layer for layer in self.layers if layer.action is not Action.FROZEN]
+        used_2r = any(layer.energy_share_2r is not None for layer in seen)
         lines = "top 2r directions (solid), top r (dotted)" if used_2r else "top r directions"
-        for i, (kind, layers) in enumerate(_by_kind(self.layers).items()):
+        for i, (kind, layers) in enumerate(_by_kind(seen).items()):
             depth, colour = range(len(layers)), f"C{i % 10}"
             axes.plot(depth, [layer.energy_share for layer in layers], "-o", ms=3, color=colour, label=kind)
             if used_2r:

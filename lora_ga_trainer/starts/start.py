@@ -6,6 +6,7 @@ import logging
 import math
 import time
 import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +20,7 @@ from ..gradients.estimate import GradientEstimate
 from ..gradients.probe_file import load_or_estimate
 from ..gradients.samples import mean_loss
 from .compute import compute_starts
-from .report import GradientReport
+from .report import GradientReport, report_frozen
 from .write import write_start
 
 
@@ -35,6 +36,7 @@ def start_adapter(
     config: LoRAGAConfig,
     layers: list[AdaptedLayer],
     probe_dataset: Dataset | None = None,
+    frozen: Sequence[AdaptedLayer] = (),
 ) -> GradientReport:
     """
     Estimate the gradients, compute the start of every layer and write it.
@@ -47,6 +49,8 @@ def start_adapter(
         config: how to start.
         layers: the adapted layers, anchored already for an init that is.
         probe_dataset: see [`estimate_gradients`].
+        frozen: layers of the adapter that are not trained now. They keep PEFT's own start; the report and a warning
+            say so, because something may let them train later.
     """
     begin = time.perf_counter()
     for layer in layers:
@@ -56,6 +60,13 @@ def start_adapter(
     for start in starts:
         if start.factors is not None:
             write_start(trainer, start.layer, *start.factors)
+    if frozen:
+        logger.warning(
+            "%d layers of the adapter are frozen as training begins. They get no start and keep PEFT's own, also "
+            "where something lets them train later: %s.",
+            len(frozen),
+            ", ".join(layer.name for layer in frozen),
+        )
     loss_after = _loss_after(trainer, estimate)
     return GradientReport(
         init=config.init,
@@ -68,7 +79,7 @@ def start_adapter(
         bytes_sent=estimate.bytes_sent + sent,
         loss_before=None if loss_after is None else estimate.first_loss,
         loss_after=loss_after,
-        layers=[start.report for start in starts],
+        layers=[*(start.report for start in starts), *map(report_frozen, frozen)],
     )
 
 
@@ -78,10 +89,17 @@ def _loss_after(trainer: Trainer, estimate: GradientEstimate) -> float | None:
     if batch is None:
         return None
     model = probed_module(trainer)
-    with borrowed(trainer, model), torch.no_grad(), warnings.catch_warnings():
+    with borrowed(trainer, model), warnings.catch_warnings():
         # Reentrant activation checkpointing warns of every pass without gradients; here none are wanted.
         warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")
-        loss = mean_loss(trainer, model, batch, estimate.first_items).item()
+        try:
+            with torch.no_grad():
+                loss = mean_loss(trainer, model, batch, estimate.first_items).item()
+        except RuntimeError as error:
+            if "does not require grad" not in str(error):
+                raise
+            # A loss that holds a gradient of its own (a gradient penalty) has no value without a graph.
+            loss = mean_loss(trainer, model, batch, estimate.first_items).item()
     loss = mean_over_processes(trainer, loss, estimate.first_items)
     if not math.isfinite(loss):
         logger.warning("The loss after the start is %s. Use a larger gamma, or look at the report's scales.", loss)

@@ -150,9 +150,10 @@ def install(watch: Watch) -> None:
         with watch.within("checkpoint", trainer.state.global_step // SAVED):
             save(trainer, *args)
 
-    def probe(estimate: Callable[..., Any], *args: Any) -> Any:
+    def probe(estimate: Callable[..., Any], trainer: Any, *args: Any) -> Any:
+        watch.resumed_from = trainer.state.global_step  # the start comes before `on_train_begin` of any other callback
         with watch.within("probe", 0):
-            return estimate(*args)
+            return estimate(trainer, *args)
 
     def cut(path_of: Callable[..., Any], write: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if watch.phase != "checkpoint":

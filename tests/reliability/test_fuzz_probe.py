@@ -100,7 +100,7 @@ def files(draw: st.DrawFn, header: dict[str, Any], data: bytes) -> tuple[bytes, 
         elif kind == "extra":
             header[draw(st.text(max_size=9))] = {"dtype": "F32", "shape": [0, 2**40], "data_offsets": [0, 0]}
     metadata = header["__metadata__"]
-    for key in ("figures", "unreached"):
+    for key in ("figures", "unreached", "shared"):
         if draw(st.integers(0, 3)) == 0:
             values = edited_objects(json.loads(metadata[key])) if key == "figures" else json_texts()
             metadata[key] = draw(values | json_texts())
@@ -165,7 +165,7 @@ def test_a_header_of_an_absurd_length_is_not_read(length: int, probe: Probe) -> 
     refused_at_once(probe, "damaged")
 
 
-@pytest.mark.parametrize("key", ["figures", "unreached"])
+@pytest.mark.parametrize("key", ["figures", "unreached", "shared"])
 @pytest.mark.parametrize("text", [deep(100_000), '@[*3@{"a": 1, "a": 2}', "@9*5000@", "[NaN]", ""])
 def test_metadata_that_is_no_json_of_ours_is_refused(key: str, text: str, probe: Probe) -> None:
     header = json.loads(json.dumps(probe.header))
