@@ -23,6 +23,8 @@ class Client:
         refused: what the error says where a start is refused, a regular expression; the table shows it as it stands.
         same_loss: whether the probe's loss of the first batch is the one that training logs first. Not where a forward
             pass draws random numbers.
+        same_first_step: whether an anchored start leaves the first loss as it is. Not where the loss looks at the
+            factors themselves.
         unreached: layers that the loss does not reach; they start as plain LoRA.
     """
 
@@ -32,6 +34,7 @@ class Client:
     config: dict[str, Any] = field(default_factory=dict)
     refused: str | None = None
     same_loss: bool = True
+    same_first_step: bool = True
     unreached: int = 0
 
 

@@ -29,7 +29,7 @@ def bert(**sizes: Any) -> nn.Module:
 
 def with_llama(name: str, trainer: type[Trainer] = Trainer, rows: Callable[[], Any] = causal, **more: Any) -> Client:
     """A client with a tiny Llama; `of_client` names the fields of `Client` among `more`, the rest are arguments."""
-    of_client = {key: more.pop(key) for key in ("config", "refused", "same_loss") if key in more}
+    of_client = {key: more.pop(key) for key in ("config", "refused", "same_loss", "same_first_step") if key in more}
     passed = {key: more.pop(key) for key in ("data_collator", "callbacks", "optimizers") if key in more}
 
     def make(folder: Path) -> dict[str, Any]:
@@ -92,7 +92,7 @@ class Distilled(Trainer):
 
 
 class ByKeyword(nn.Module):
-    """Calls its layers by the keyword of PEFT's, and the first under reentrant checkpointing of its own."""
+    """Calls its layers by the keyword of PEFT's, and the second under reentrant checkpointing of its own."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,8 +100,9 @@ class ByKeyword(nn.Module):
         self.first, self.second, self.head = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
 
     def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        hidden = torch.utils.checkpoint.checkpoint(lambda h: self.first(x=h).relu(), x, use_reentrant=True)
-        logits = self.head(self.second(x=hidden).relu())
+        hidden = self.first(x=x).relu()
+        hidden = torch.utils.checkpoint.checkpoint(lambda h: self.second(x=h).relu(), hidden, use_reentrant=True)
+        logits = self.head(hidden)
         return {"loss": F.cross_entropy(logits, labels), "logits": logits}
 
 
@@ -165,7 +166,7 @@ class Averages(TrainerCallback):
 LOSSES = [
     with_llama("compute_loss of one's own", OwnLoss),
     with_llama("Gradient penalty (`autograd.grad` in the loss)", Penalised),
-    with_llama("Regulariser over what requires grad", Regularised, same_loss=False),  # the start changes its term
+    with_llama("Regulariser over what requires grad", Regularised, same_loss=False, same_first_step=False),
     with_llama("Loss that logs and counts", Reporting),
     with_llama("Distillation from the adapter switched off", Distilled),
     with_llama("Label smoothing", label_smoothing_factor=0.1),
