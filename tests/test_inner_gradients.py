@@ -197,6 +197,34 @@ def test_a_linear_output_whose_inner_gradient_is_a_constant_still_owes_its_secon
     torch.testing.assert_close(sum(parts), true)
 
 
+@pytest.mark.parametrize("call", [lambda layer, x: layer(x), lambda layer, x: layer(input=x)])
+def test_a_layer_that_is_called_by_keyword_is_seen(call: Any) -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Linear(5, 4), torch.randn(3, 5, requires_grad=True)
+    parts: list[Tensor] = []
+    with tapped({"layer": layer}, lambda index, x, dy, own: parts.append(dy.T @ x)):
+        call(layer, x).square().sum().backward()
+    torch.testing.assert_close(parts[0], layer.weight.grad)
+    assert x.grad is not None
+
+
+TRANSFORMS = {
+    "grad": lambda model, x: torch.func.grad(lambda x: model(x).sum())(x),
+    "jvp": lambda model, x: torch.func.jvp(model, (x,), (torch.ones_like(x),))[1],
+    "vmap": lambda model, x: torch.func.vmap(model)(x),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_a_transform_of_torch_func_is_refused_by_the_name_of_the_layer(transform: str) -> None:
+    model, x = Smooth(), torch.randn(4, 6)
+    with (
+        tapped(dict(model.layers.named_children()), lambda *pair: None),
+        pytest.raises(ValueError, match=r"Layer 0: .*torch\.func.*autograd\.grad\(\.\.\., create_graph=True\)"),
+    ):
+        TRANSFORMS[transform](model, x)
+
+
 def test_moments_see_the_inputs_of_the_layer_alone(tmp_path: Any, monkeypatch: Any) -> None:
     """A penalty adds to `G`; it adds no token to the second moments of what the layer takes in."""
     needy = Init(

@@ -433,6 +433,9 @@ class Stateful(nn.Module):
         self.head.register_forward_hook(Hook())
 
     def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        if not getattr(self, "has_late_hook", False):  # as transformers puts its hooks on in the first pass
+            self.head.register_forward_hook(Hook())
+            self.has_late_hook = True
         h = self.older(self.spectral(self.b(self.norm(self.a(x)).relu())))
         if self.training:
             self.steps += 1

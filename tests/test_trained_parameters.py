@@ -17,21 +17,24 @@ from lora_ga_trainer import LoRAGAConfig, LoRAGATrainer
 from lora_ga_trainer.adapters.find import find_adapted_layers
 
 
-class Regularised(Trainer):
+# The losses and the names of what required grad. Kept beside the trainer, which gets its attributes back.
+Found = list[tuple[float, list[str]]]
+
+
+def regularised(found: Found, base: type[Trainer] = Trainer) -> Any:
     """O-LoRA and kin: the loss adds norms of the parameters that it finds to require grad."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.found: list[tuple[float, list[str]]] = []
+    class Regularised(base):
+        def compute_loss(self, model: Any, inputs: Any, num_items_in_batch: Any = None, **kwargs: Any) -> Tensor:
+            loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+            trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+            norms = torch.stack([parameter.norm() for name, parameter in trained.items() if "lora_A" in name])
+            (again,) = torch.autograd.grad(loss, next(iter(trained.values())), retain_graph=True)
+            loss = loss + 0.1 * norms.sum() + 0 * again.sum()
+            found.append((loss.item(), list(trained)))
+            return loss
 
-    def compute_loss(self, model: Any, inputs: Any, num_items_in_batch: Any = None, **kwargs: Any) -> Tensor:
-        loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
-        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        norms = torch.stack([parameter.norm() for name, parameter in trained.items() if "lora_A" in name])
-        (again,) = torch.autograd.grad(loss, next(iter(trained.values())), retain_graph=True)
-        loss = loss + 0.1 * norms.sum() + 0 * again.sum()
-        self.found.append((loss.item(), list(trained)))
-        return loss
+    return Regularised
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -47,16 +50,31 @@ def test_a_regulariser_of_the_adapter_finds_in_the_probe_what_it_finds_in_traini
             tiny.checkpoint_activations(adapted, use_reentrant=False)
         return kind(adapted, tiny.arguments(tmp_path, **settings), train_dataset=rows)
 
-    plain = made(Regularised)
-    plain.train()
-    trainer = made(Regularised)
+    in_training: Found = []
+    in_probe: Found = []
+    made(regularised(in_training)).train()
+    trainer = made(regularised(in_probe))
     before = Spy(trainer)
     found = probe(trainer, exact(num_samples=4))
     before.assert_same(Spy(trainer))
-    assert len(plain.found) == 1
-    assert trainer.found == plain.found
+    assert len(in_training) == 1
+    assert in_probe == in_training
     # A regulariser of the adapter moves the loss, and not its gradient with respect to the frozen weights.
     assert_equal_gradients(found, probe(made(Trainer), exact(num_samples=4)), rtol=1e-6)
+
+
+def test_the_warm_up_of_a_head_shows_a_loss_the_same(tmp_path: Any) -> None:
+    adapted = tiny.with_lora(tiny.bert(), target_modules=["query"], task_type="SEQ_CLS")
+    config = LoRAGAConfig(num_samples=4, head_warmup_steps=2)
+    found: Found = []
+    trainer = regularised(found, LoRAGATrainer)(
+        adapted, tiny.arguments(tmp_path, max_steps=1), train_dataset=tiny.class_rows(8), lora_ga_config=config
+    )
+    trainer.train()
+    trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+    # Two steps of the warm-up, the probe twice (a long first round), the loss after it, and one step of training.
+    assert len(found) >= 5
+    assert all(names == trained for _, names in found)
 
 
 @pytest.mark.parametrize("reentrant", [None, False, True])

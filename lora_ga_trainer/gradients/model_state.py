@@ -17,12 +17,13 @@ from .state import KeptState, is_of_engine
 # Whole numbers in so many entries are the codes of a quantised weight: they are as large as a model, and stay.
 _CODES = 2**16
 _OWN = frozenset(vars(nn.Module()))  # what torch keeps in every module
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _DATA = (type(None), bool, int, float, complex, str, bytes, Tensor, np.ndarray, *CONTAINERS)
 
 
 def keep_model(kept: KeptState, model: nn.Module, name: str) -> None:
     """
-    Remember the buffers of a model and the data in attributes of its modules.
+    Remember the buffers of a model, the data in attributes of its modules, and which hooks it has.
 
     Buffers are copied, on their device: running statistics, the vectors of a spectral norm, counters, queues. Codes of
     quantised weights (whole numbers, 65,536 or more) are not, nor is any parameter. A language model has some MiB of
@@ -42,6 +43,7 @@ def keep_model(kept: KeptState, model: nn.Module, name: str) -> None:
         if _is_managed(module):
             continue
         kept.undo_with(functools.partial(_restore_attributes, module, dict(_attributes(module))))
+        kept.undo_with(functools.partial(_restore_hooks, module, {name: set(vars(module)[name]) for name in _HOOKS}))
         for key, value in _attributes(module):
             # What is computed from parameters anew in each pass, as older weight norms do, needs no copy.
             if not isinstance(value, Tensor) or value.grad_fn is None:
@@ -71,6 +73,19 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
     for key, value in vars(module).items():
         if key not in _OWN and not key.startswith(("ds_", "_ds", "_fsdp", "_hf_hook", "_old_forward")):
             yield key, value
+
+
+def _restore_hooks(module: nn.Module, before: dict[str, set[int]]) -> None:
+    """
+    Take hooks off that a forward pass has put on.
+
+    transformers installs those that capture outputs in the first pass and marks the model. The mark is taken away with
+    the other new attributes, so without this they would be installed twice.
+    """
+    for name, keys in before.items():
+        hooks = vars(module)[name]
+        for key in [key for key, hook in hooks.items() if key not in keys and _is_own_hook(hook)]:
+            del hooks[key]
 
 
 def _restore_attributes(module: nn.Module, before: dict[str, Any]) -> None:

@@ -119,7 +119,8 @@ def tapped(
 
     Raises:
         `ValueError`: in the forward pass, naming a module whose output doesn't depend on its input for autograd. The
-            gradient of every layer below would be zero or incomplete without a sign of it.
+            gradient of every layer below would be zero or incomplete without a sign of it. Also naming a module that
+            a transform of `torch.func` runs, which has graphs of its own.
     """
     handles = []
     try:
@@ -147,6 +148,12 @@ class _ModuleTap:
         # Without gradients runs the first forward of a reentrant checkpoint, and a reference.
         if not torch.is_grad_enabled() or not self.counts(self.index):
             return None
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise ValueError(
+                f"Layer {self.name}: the loss runs it inside a transform of torch.func (grad, jvp, vmap, ...), where "
+                "the gradient of its weight can't be read. Write the inner gradient with "
+                "`torch.autograd.grad(..., create_graph=True)`, or use LoRAGAConfig(init='none')."
+            )
         self.use = _Use(self._show)
         x = _first(args, kwargs)
         if not x.requires_grad:

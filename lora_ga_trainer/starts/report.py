@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..adapters.layer import AdaptedLayer
 from ..saving.atomic import whole_file
 
 
@@ -86,24 +85,6 @@ class LayerReport:
     def energy_share(self) -> float:
         """Share of `||G||^2` that the directions in use hold: the top 2r, or r for an init that uses no more."""
         return self.energy_share_r if self.energy_share_2r is None else self.energy_share_2r
-
-
-def report_frozen(layer: AdaptedLayer) -> LayerReport:
-    """Report a layer that the probe did not look at, because it was not trained when training began."""
-    return LayerReport(
-        name=layer.name,
-        shape=layer.shape,
-        rank=layer.rank,
-        scale=0.0,
-        singular_values=[],
-        energy_share_r=0.0,
-        energy_share_2r=None,
-        energy_kept=1.0,
-        sketched=False,
-        action=Action.FROZEN,
-        experts=layer.experts,
-        experts_plain=layer.experts,
-    )
 
 
 def report_experts(name: str, reports: Sequence[LayerReport]) -> LayerReport:

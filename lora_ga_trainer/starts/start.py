@@ -20,7 +20,7 @@ from ..gradients.estimate import GradientEstimate
 from ..gradients.probe_file import load_or_estimate
 from ..gradients.samples import mean_loss
 from .compute import compute_starts
-from .report import GradientReport, report_frozen
+from .report import Action, GradientReport, LayerReport
 from .write import write_start
 
 
@@ -79,7 +79,7 @@ def start_adapter(
         bytes_sent=estimate.bytes_sent + sent,
         loss_before=None if loss_after is None else estimate.first_loss,
         loss_after=loss_after,
-        layers=[*(start.report for start in starts), *map(report_frozen, frozen)],
+        layers=[*(start.report for start in starts), *map(_report_frozen, frozen)],
     )
 
 
@@ -104,3 +104,21 @@ def _loss_after(trainer: Trainer, estimate: GradientEstimate) -> float | None:
     if not math.isfinite(loss):
         logger.warning("The loss after the start is %s. Use a larger gamma, or look at the report's scales.", loss)
     return loss
+
+
+def _report_frozen(layer: AdaptedLayer) -> LayerReport:
+    """Report a layer that the probe did not look at, because it was not trained when training began."""
+    return LayerReport(
+        name=layer.name,
+        shape=layer.shape,
+        rank=layer.rank,
+        scale=0.0,
+        singular_values=[],
+        energy_share_r=0.0,
+        energy_share_2r=None,
+        energy_kept=1.0,
+        sketched=False,
+        action=Action.FROZEN,
+        experts=layer.experts,
+        experts_plain=layer.experts,
+    )
