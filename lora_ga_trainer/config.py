@@ -16,6 +16,7 @@ from .optimizers.registry import OPTIMIZERS, ChosenOptimizer, OptimizerEntry, co
 DIRECTIONS = ("ArB2r", "A2rBr", "ArBr", "random")
 SCALES = ("stable", "unit", "gd", "weight_svd")
 ESTIMATORS = ("sketch", "exact")
+PROBE_ORDERS = ("random", "train")
 
 
 # What is added to the help of a field that names an entry of a registry.
@@ -109,7 +110,10 @@ class LoRAGAConfig:
         probe_file: A .safetensors file for the gradient estimate. If it exists it is read instead of running the probe
             (it must come from the same base, the same heads in `modules_to_save`, data and settings); otherwise it is
             written.
-        probe_seed: Seed of the sketch's test matrices and of the 'random' direction.
+        probe_order: Which examples the probe reads. 'random' draws them from the data set by probe_seed, so that
+            sorted or length-grouped data does not bias the gradient; 'train' reads the first that training reads. A
+            stream is read in its own order, and so is what a trainer with its own sampler or data loader reads.
+        probe_seed: Seed of the random probe_order, of the sketch's test matrices and of the 'random' direction.
 
     Raises:
         `ValueError`: naming the field, the value and what is allowed.
@@ -131,6 +135,7 @@ class LoRAGAConfig:
     head_warmup_learning_rate: float = 0.001
     allow_unreached: bool = True
     probe_file: str | None = None
+    probe_order: str = "random"
     probe_seed: int = 0
 
     def __post_init__(self) -> None:
@@ -139,6 +144,7 @@ class LoRAGAConfig:
             ("direction", DIRECTIONS),
             ("scale", SCALES),
             ("estimator", ESTIMATORS),
+            ("probe_order", PROBE_ORDERS),
             ("correction", corrections()),
             ("lora_pro_state_dtype", STATE_DTYPES),
         ):

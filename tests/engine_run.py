@@ -168,7 +168,12 @@ def main_part(engine: str, folder: Path) -> dict[str, Any]:
     kept = {**exact, "probe_file": str(folder / f"{engine}.safetensors")}
     found["exact"] = run("exact", kept, rows=rows, save_strategy="steps", save_steps=SAVED)
     # Not a multiple of the 4 samples of a round, so a process repeats one; the two halves of an accumulation differ.
-    repeats = {"num_samples": ROWS, **exact, "probe_file": str(folder / f"{engine}-repeats.safetensors")}
+    repeats = {
+        "num_samples": ROWS,
+        "probe_order": "train",
+        **exact,
+        "probe_file": str(folder / f"{engine}-repeats.safetensors"),
+    }
     in_order = {"train_sampling_strategy": "sequential", "max_steps": 1}
     found["repeats"] = run("repeats", repeats, **in_order)
     found["sketch"] = run("sketch", {"num_samples": ROWS, **SKETCH}, gradient_accumulation_steps=2, max_steps=1)

@@ -23,8 +23,12 @@ import anchored
 import factorise
 import fidelity
 import lora_pro
+import order
 from cost_models import MODELS
 from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from lora_ga_trainer import LoRAGAConfig, LoRAProAdamW, find_adapted_layers
 
@@ -197,3 +201,24 @@ def test_fidelity_compares_a_sketch_with_autograds_gradient_of_the_same_samples(
         estimate = fidelity.sketched_gradients(model, batches, [8], 1)[8]
     (G,) = [e.state()["G"] for name, e in estimate.estimators.items() if name.endswith("1.self_attn.q_proj")]
     torch.testing.assert_close(G * estimate.items, exact_G, rtol=1e-4, atol=1e-6)
+
+
+def test_the_order_of_the_probe_decides_which_rows_it_sees(monkeypatch):
+    monkeypatch.setattr(order, "SAMPLES", 16)
+    rows = [
+        {"input_ids": [1] * n, "attention_mask": [1] * n, "labels": i % 3} for i, n in enumerate([*range(4, 60)] * 4)
+    ]
+    words = Tokenizer(WordLevel({"[PAD]": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]")
+    seen = {}
+    for case in order.CASES:
+        found = order.estimate(tiny.bert(), rows, tokenizer, 16, 0, case)
+        seen[case] = list(order.SEEN)
+        assert found.samples == len(seen[case]) == 16
+        assert not any("classifier" in name for name in found.estimators)
+    assert {label for _, label in seen["train, sorted"]} == {0}
+    assert statistics.mean(n for n, _ in seen["train, group_by_length"]) > 45
+    assert statistics.mean(n for n, _ in seen["random"]) < 45
+    G = found.estimators["bert.pooler.dense"].state()["G"]
+    best = torch.linalg.svdvals(G).square()[:16].sum().item()
+    assert order.transfers(found, {"bert.pooler.dense": (G, best)}) == pytest.approx([1.0])

@@ -254,18 +254,27 @@ def test_moments_see_the_inputs_of_the_layer_alone(tmp_path: Any, monkeypatch: A
         torch.testing.assert_close(of_layer.input_second_moments, moments[Heavy][name].input_second_moments)
 
 
-def test_an_inner_gradient_leaves_no_graph_behind() -> None:
+def penalty_of_a_bias(model: Any, x: Tensor) -> Tensor:
+    """The inner pass ends in the first layer, whose input requires no grad."""
+    y = model(x)
+    (inner,) = torch.autograd.grad(y.square().sum(), model.layers[0].bias, create_graph=True)
+    return y.mean() + inner.square().sum()
+
+
+@pytest.mark.parametrize("loss", [penalty_of_the_third_order, penalty_of_a_bias])
+def test_an_inner_gradient_leaves_no_graph_behind(loss: Any) -> None:
     model, x = Smooth(), torch.randn(4, 6)
     for parameter in model.parameters():
-        parameter.requires_grad_(False)
+        parameter.requires_grad_(parameter is model.layers[0].bias)
+    gc.collect()
     alive = lambda: sum(type(found) is _Use for found in gc.get_objects())
     gc.disable()  # it would free what only holds itself, but for what hangs on a graph in C++
     try:
         with tapped(dict(model.layers.named_children()), lambda *pair: None):
-            loss = penalty_of_the_third_order(model, x)
+            value = loss(model, x)
             assert alive() > 0
-            loss.backward()
-            del loss
+            value.backward()
+            del value
         assert alive() == 0
     finally:
         gc.enable()

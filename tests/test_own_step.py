@@ -85,7 +85,8 @@ def test_the_gradient_is_that_of_the_loss_that_a_step_of_its_own_trains(kind: ty
 def test_a_step_of_its_own_trains_as_without_a_probe(tmp_path: Any) -> None:
     """It runs to the end in training, and nowhere else."""
     kind = type("Ours", (Tripled, LoRAGATrainer), {})
-    trainer = make(kind, tmp_path, tiny.causal_rows(24), lora_ga_config=LoRAGAConfig(num_samples=8))
+    config = LoRAGAConfig(num_samples=8, probe_order="train")
+    trainer = make(kind, tmp_path, tiny.causal_rows(24), lora_ga_config=config)
     assert trainer.train().global_step == 4
     report = trainer.lora_ga_report
     assert report.loss_after == pytest.approx(report.loss_before, abs=1e-5)
@@ -105,6 +106,21 @@ def test_a_step_that_calls_the_one_above_it_is_not_run_by_the_probe(tmp_path: An
     kind = type("Ours", (Around, LoRAGATrainer), {"steps": []})
     make(kind, tmp_path, tiny.causal_rows(24), lora_ga_config=LoRAGAConfig(num_samples=8)).train()
     assert len(kind.steps) == 4
+
+
+def test_a_step_that_was_put_around_the_trainers_is_not_run_by_the_probe(tmp_path: Any) -> None:
+    trainer = make(
+        LoRAGATrainer, tmp_path, tiny.causal_rows(24), lora_ga_config=LoRAGAConfig(num_samples=8, probe_order="train")
+    )
+    original, calls = trainer.training_step, []
+
+    def around(*args: Any) -> Tensor:
+        calls.append(1)
+        return original(*args)
+
+    trainer.training_step = around
+    trainer.train()
+    assert len(calls) == 4
 
 
 @pytest.mark.parametrize("rows", [5, 8])

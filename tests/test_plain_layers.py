@@ -235,3 +235,24 @@ def test_models_with_fused_layers_train_as_with_plain_lora(family: str, correcti
     assert plain
     assert all(name.endswith(("dt_proj", "out_proj")) for name in plain)
     assert trainer.lora_ga_report.metrics()["lora_ga/layers_initialised"] >= 2
+
+
+def test_a_run_with_a_frozen_layer_resumes(tmp_path: Any) -> None:
+    def run(folder: str, steps: int, resume: bool = False) -> dict[str, Tensor]:
+        model = tiny.with_lora(TwoTowers(), target_modules=TARGETS)
+        model.base_model.aside.requires_grad_(False)
+        settings = {"max_steps": steps, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
+        trainer = LoRAGATrainer(
+            model,
+            tiny.arguments(tmp_path / folder, **settings),
+            train_dataset=rows(16, images=True),
+            lora_ga_config=LoRAGAConfig(num_samples=8),
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return {name: parameter.detach().clone() for name, parameter in model.named_parameters() if "lora_" in name}
+
+    whole = run("whole", 4)
+    halfway = run("halves", 2)
+    resumed = run("halves", 4, resume=True)
+    assert all(torch.equal(whole[name], value) for name, value in resumed.items())
+    assert any(not torch.equal(halfway[name], value) for name, value in resumed.items())

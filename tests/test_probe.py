@@ -23,7 +23,7 @@ from lora_ga_trainer.gradients.estimate import NonFiniteGradient
 
 
 def exact(**changes: Any) -> LoRAGAConfig:
-    return LoRAGAConfig(**({"estimator": "exact", "num_samples": 9} | changes))
+    return LoRAGAConfig(**({"estimator": "exact", "num_samples": 9, "probe_order": "train"} | changes))
 
 
 def in_order(rows: list[dict[str, Any]], folder: Any, model: nn.Module, **changes: Any) -> Trainer:

@@ -510,10 +510,12 @@ def test_an_adapter_of_experts_loads_on_the_clean_base_after_sft(trl: ModuleType
 def test_a_streamed_and_a_worker_read_dataset_give_the_same_start(trl: ModuleType, tmp_path: Path) -> None:
     rows = tiny_trl.dataset(16, "prompt", "completion")
     order = {"train_sampling_strategy": "sequential"}
+    start = {"probe_order": "train"}  # a stream has no other one
+    made = functools.partial(make, trl, "completion", "mixin")
     runs = {
-        "plain": make(trl, "completion", "mixin", tmp_path / "a", rows=rows, **order),
-        "stream": make(trl, "completion", "mixin", tmp_path / "b", rows=rows.to_iterable_dataset()),
-        "workers": make(trl, "completion", "mixin", tmp_path / "c", rows=rows, dataloader_num_workers=2, **order),
+        "plain": made(tmp_path / "a", start, rows=rows, **order),
+        "stream": made(tmp_path / "b", start, rows=rows.to_iterable_dataset()),
+        "workers": made(tmp_path / "c", start, rows=rows, dataloader_num_workers=2, **order),
     }
     for trainer in runs.values():
         trainer.train()

@@ -54,7 +54,9 @@ def make(
 
 def probe(trainer: Trainer, samples: int, **config: Any) -> tuple[dict[str, Tensor], Any]:
     trainer.model_wrapped = trainer.accelerator.prepare_model(trainer.model)
-    estimate = estimate_gradients(trainer, LoRAGAConfig(num_samples=samples, estimator="exact", **config))
+    estimate = estimate_gradients(
+        trainer, LoRAGAConfig(num_samples=samples, estimator="exact", probe_order="train", **config)
+    )
     return {name: found.state()["G"].double() for name, found in estimate.estimators.items()}, estimate
 
 

@@ -17,7 +17,7 @@ from ..engines.parameters import own_part
 
 
 CONTAINERS = (dict, list, tuple, deque, set, frozenset)
-_MEMORY = (Tensor, np.ndarray, bytearray, ctypes._SimpleCData, ctypes.Array)
+MEMORY = (Tensor, np.ndarray, bytearray, ctypes._SimpleCData, ctypes.Array)
 _ABSENT = object()
 
 Restore = Callable[[], object]
@@ -51,7 +51,7 @@ def _restore_items(value: Any, before: list[Any]) -> None:
 
 def remember_memory(value: Any, limit: float) -> Restore | None:
     """Copy the numbers of a tensor, an array or a ctypes object of at most `limit` bytes."""
-    if not isinstance(value, _MEMORY) or _nbytes(value) > limit:
+    if not isinstance(value, MEMORY) or count_bytes(value) > limit:
         return None
     if isinstance(value, Tensor):
         # What is spread over processes keeps its own part. Other subclasses have a form that only their owner knows.
@@ -67,7 +67,8 @@ def remember_memory(value: Any, limit: float) -> Restore | None:
     return functools.partial(ctypes.memmove, ctypes.addressof(value), bytes(value), ctypes.sizeof(value))
 
 
-def _nbytes(value: Any) -> int:
+def count_bytes(value: Any) -> int:
+    """Count the bytes of a tensor, an array or a ctypes object."""
     if isinstance(value, (Tensor, np.ndarray)):
         return value.nbytes
     return len(value) if isinstance(value, bytearray) else ctypes.sizeof(value)
@@ -92,7 +93,12 @@ def remember_place(file: io.IOBase) -> Restore | None:
         return None
     if not file.seekable():
         raise OSError("it can't be rewound")
-    return functools.partial(file.seek, file.tell())
+    return functools.partial(_go_back, file, file.tell())
+
+
+def _go_back(file: io.IOBase, place: int) -> None:
+    if not file.closed:
+        file.seek(place)
 
 
 def entries(value: Any) -> list[tuple[Any, Any]]:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from .contents import CONTAINERS, remember_container
-from .state import KeptState, is_of_engine
+from .kinds import is_of_engine
+from .state import KeptState
 
 
 # Whole numbers in so many entries are the codes of a quantised weight: they are as large as a model, and stay.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .borrow import attribute
-from .state import global_names
+from .state import closure_cells, global_names
 
 
 if TYPE_CHECKING:
@@ -29,13 +29,13 @@ def has_own_step(trainer: Trainer) -> bool:
     """
     Tell whether `compute_loss` may not be the loss that is trained.
 
-    It is where `training_step` is that of transformers, or calls the one that it overrides.
+    It is where `training_step` is that of transformers, or calls the one that it overrides or was put around.
     """
-    step = trainer.training_step
-    code = getattr(getattr(step, "__func__", step), "__code__", None)
-    if step.__module__.partition(".")[0] in ("transformers", "trl") or not isinstance(code, types.CodeType):
+    step = getattr(trainer.training_step, "__func__", trainer.training_step)
+    if not isinstance(step, types.FunctionType) or step.__module__.partition(".")[0] in ("transformers", "trl"):
         return False
-    return "training_step" not in (*global_names(code), *code.co_freevars)
+    held = [getattr(cell.cell_contents, "__name__", "") for _, cell in closure_cells(step)]
+    return "training_step" not in (*global_names(step.__code__), *held)
 
 
 def loss_of_step(trainer: Trainer, model: nn.Module, batch: Any, items: Tensor) -> Tensor:

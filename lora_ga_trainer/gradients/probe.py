@@ -23,9 +23,11 @@ from .collector import POISON_ADVICE, Collector
 from .counting import Counts
 from .estimate import GradientEstimate, NonFiniteGradient, require_reached
 from .failing import failing_together
-from .samples import MicroBatch, count_items, mean_loss, micro_batches, require_rewindable
+from .order import probe_order
+from .samples import MicroBatch, count_items, mean_loss, micro_batches
 from .sharing import WeightUses, name_shared
 from .sketch import turning_points
+from .streams import require_rewindable
 
 
 if TYPE_CHECKING:
@@ -49,9 +51,10 @@ def estimate_gradients(
     probe_dataset: Dataset | None = None,
 ) -> GradientEstimate:
     """
-    Estimate `G = dL/dW` of every layer over the first `config.num_samples` examples of the training data.
+    Estimate `G = dL/dW` of every layer over `config.num_samples` examples of the training data.
 
-    Batches come from the trainer's own train dataloader and the loss from its own `compute_loss`. Each micro-batch is
+    They are drawn at random by `config.probe_seed`, or are the first that training reads: see [`probe_order`]. Batches
+    come from the trainer's own train dataloader and the loss from its own `compute_loss`. Each micro-batch is
     given its own item count (label tokens, or examples where labels are per example) and weighted by it: `G` is the
     gradient of `sum items_i loss_i / sum items_i` over the micro-batches of all processes. Micro-batches are never
     cut, so the last ones may hold a few samples more than asked for. Where the loss of a row does not depend on the
@@ -66,7 +69,7 @@ def estimate_gradients(
 
     Args:
         trainer: a trainer whose model is prepared (any time after `on_train_begin`).
-        config: `num_samples`, `estimator`, `sketch_size`, `probe_seed` and `allow_unreached` are read.
+        config: `num_samples`, `estimator`, `sketch_size`, `probe_order`, `probe_seed` and `allow_unreached` are read.
         layers: the layers to look at; default all that the model's active adapter trains.
         probe_dataset: examples to use instead of the trainer's `train_dataset`.
 
@@ -83,7 +86,8 @@ def estimate_gradients(
         with borrowed(trainer, model, probe_dataset):
             require_rewindable(trainer)
             try:
-                return _Probe(trainer, model, config, layers, scale).run()
+                with probe_order(trainer, config):
+                    return _Probe(trainer, model, config, layers, scale).run()
             except NonFiniteGradient:
                 if scale == scales[-1]:
                     raise

@@ -219,6 +219,9 @@ def _fingerprints(
     config: LoRAGAConfig, model: PeftModel, layers: Sequence[AdaptedLayer], dataset: Any
 ) -> dict[str, str]:
     settings = {"num_samples": config.num_samples, "estimator": config.estimator, "sketch_size": config.sketch_size}
+    settings["probe_order"] = config.probe_order
+    if config.probe_order == "random":
+        settings["probe_seed"] = config.probe_seed
     return {
         "format": _FORMAT,
         "base": fingerprint_base(model, layers),

@@ -10,11 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset
 
 from ..engines.collectives import gather_integers
-from ..engines.devices import preserved_rng
-from .borrow import attribute, copy_containers, preserved_state
+from .borrow import attribute, copy_containers
 from .own_step import has_own_step, loss_of_step
 
 
@@ -257,38 +255,3 @@ def _lent(batch: Any) -> Any:
     for key, value in batch.items():
         lent[key] = copy_containers(value)
     return lent
-
-
-def require_rewindable(trainer: Trainer) -> None:
-    """
-    Refuse a stream that the probe would use up.
-
-    A data set without a length is started twice and must give the same first batch both times.
-
-    Raises:
-        `ValueError`: advising `probe_dataset`.
-    """
-    if not isinstance(trainer.train_dataset, IterableDataset):
-        return
-    first, second = _first_batch(trainer), _first_batch(trainer)
-    if first is not None and (second is None or not _equal(first, second)):
-        raise ValueError(
-            f"The train dataset is a stream ({type(trainer.train_dataset).__name__}) that does not start over: a "
-            "second pass gave another first batch, so a probe would take samples away from training. Pass a separate "
-            "data set as `probe_dataset=`, or make the stream's __iter__ start from the beginning."
-        )
-
-
-def _first_batch(trainer: Trainer) -> Any:
-    with preserved_rng(), preserved_state(trainer):
-        return next(iter(trainer.get_train_dataloader()), None)
-
-
-def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor):
-        return isinstance(b, Tensor) and a.shape == b.shape and torch.equal(a, b)
-    if isinstance(a, Mapping):
-        return isinstance(b, Mapping) and a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return type(a) is type(b) and len(a) == len(b) and all(map(_equal, a, b))
-    return bool(a == b)

@@ -2,75 +2,37 @@
 
 from __future__ import annotations
 
-import concurrent.futures
+import contextlib
 import functools
 import io
-import logging
-import multiprocessing.connection
-import multiprocessing.process
-import multiprocessing.queues
-import queue
-import socket
-import sys
-import threading
 import types
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import CallbackHandler
 
-from .contents import CONTAINERS, Restore, entries, remember_container, remember_memory, remember_place, setter, slots
+from .contents import (
+    CONTAINERS,
+    MEMORY,
+    Restore,
+    count_bytes,
+    entries,
+    remember_container,
+    remember_memory,
+    remember_place,
+    setter,
+    slots,
+)
 from .generators import GLOBAL_GENERATORS, Access, Replay, access_generator, reads_once
+from .kinds import ATOMS, CALLABLES, CLOSED, SENT, is_known, is_of_engine
 
 
 # A walk looks at so many objects. Longer containers hold data: what is in them is not looked at, and of huge ones not
-# even the references are copied. Larger tensors and arrays are data as well.
-_OBJECTS, _LONG, _HUGE, _BYTES = 20_000, 1_000, 1_000_000, 2**20
-
-_ATOMS = (type(None), bool, int, float, complex, str, bytes, range, slice, torch.dtype, torch.device)
-# What a training run is made of. `borrow` gives back what it changes of these.
-_CLOSED = (
-    *(type, types.ModuleType, types.CodeType, nn.Parameter, logging.Logger),
-    *(Trainer, TrainerCallback, CallbackHandler, TrainingArguments, PreTrainedTokenizerBase),
-    *(Accelerator, AcceleratorState, GradientState, PartialState),
-    *(torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler),
-    *(threading.Thread, multiprocessing.process.BaseProcess, concurrent.futures.Executor),
-)
-# They hand over once what another thread, process or machine sends.
-_SENT = (
-    *(queue.Queue, queue.SimpleQueue, multiprocessing.queues.Queue, multiprocessing.queues.SimpleQueue),
-    *(multiprocessing.connection._ConnectionBase, socket.socket),
-)
-_CALLABLES = (types.FunctionType, types.MethodType, functools.partial, property, staticmethod, classmethod)
-# Objects of these packages stand for memory, processes and connections that only they know how to handle.
-_ENGINES = (
-    *("accelerate.hooks", "accelerate.utils", "aqlm.", "auto_gptq.", "awq.", "bitsandbytes.", "compressed_tensors."),
-    *(
-        "deepspeed.",
-        "eetq.",
-        "fbgemm_gpu.",
-        "gptqmodel.",
-        "hqq.",
-        "mlflow.",
-        "optimum.",
-        "torch._",
-        "torch.distributed.",
-    ),
-    *("torch.nn.parallel.", "torchao.", "trackio.", "transformer_engine.", "vllm.", "wandb."),
-)
-# The code of these packages keeps no state of a user's. Objects of their classes may.
-_KNOWN = sys.stdlib_module_names | {
-    *("accelerate", "datasets", "lora_ga_trainer", "numpy", "pandas", "peft", "pyarrow", "pytest", "_pytest"),
-    *("tokenizers", "torch", "tqdm", "transformers"),
-}
+# even the references are copied. Larger tensors and arrays are data as well, and so are many of them.
+_OBJECTS, _LONG, _HUGE, _BYTES, _ALL_BYTES = 20_000, 1_000, 1_000_000, 2**20, 2**26
 
 
 class KeptState:
@@ -82,7 +44,8 @@ class KeptState:
     functions and classes merely know (global names, class attributes) it keeps generators alone.
 
     A walk ends at trainers, models, tokenizers and engines, and at data: it enters no container of more than 1,000
-    entries, copies no tensor above 1 MiB, and looks at 20,000 objects at most for each that it is told of.
+    entries and copies no tensor above 1 MiB. For each object that it is told of it copies 64 MiB and looks at 20,000
+    objects at most, the nearest first.
 
     Attributes:
         lost: what was found that can't be given back, by name, with the reason.
@@ -92,12 +55,12 @@ class KeptState:
     def __init__(self) -> None:
         self.lost: dict[str, str] = {}
         self.models: dict[str, nn.Module] = {}
-        self._undo = ExitStack()
+        self._undo = contextlib.ExitStack()
         self._seen: dict[tuple[int, bool], Any] = {}  # holds what it has seen, so that no id is used twice
         self._generators: list[Access] = list(GLOBAL_GENERATORS)
         self._replays: dict[int, Replay] = {}
         self._waiting: deque[tuple[Any, str, bool]] = deque()
-        self._enters_closures, self._left = True, _OBJECTS
+        self._enters_closures, self._left, self._left_bytes = True, _OBJECTS, _ALL_BYTES
 
     def leave_out(self, *values: Any) -> None:
         """Let no walk enter these objects."""
@@ -139,6 +102,7 @@ class KeptState:
 
     def _walk(self, value: Any, name: str, whole: bool, closures: bool) -> None:
         self._enters_closures, self._left = closures, _OBJECTS
+        self._left_bytes = _ALL_BYTES
         self._waiting.append((value, name, whole))
         while self._waiting:
             entry = self._waiting.popleft()
@@ -148,7 +112,7 @@ class KeptState:
                 self.lost[entry[1]] = f"looking at it raises {error!r:.200}"
 
     def _visit(self, value: Any, name: str, whole: bool) -> None:
-        if isinstance(value, _ATOMS) or (id(value), whole) in self._seen or (id(value), True) in self._seen:
+        if isinstance(value, ATOMS) or (id(value), whole) in self._seen or (id(value), True) in self._seen:
             return
         self._left -= 1
         if self._left < 0:
@@ -162,24 +126,30 @@ class KeptState:
         elif isinstance(value, nn.Module) and next(value.parameters(), None) is not None:
             if whole:
                 self.models[name] = value
-        elif isinstance(value, _SENT):
+        elif isinstance(value, SENT):
             if whole:
                 self.lost[name] = f"a {type(value).__name__} hands over what it gets once"
-        elif isinstance(value, _CALLABLES):
+        elif isinstance(value, CALLABLES):
             self._keep_callable(value, name, whole)
         elif isinstance(value, CONTAINERS):
             self._keep_container(value, name, whole)
         elif isinstance(value, io.IOBase):
             self._keep_place(value, name, whole)
-        elif not isinstance(value, _CLOSED):
-            self.undo_with(remember_memory(value, _BYTES) if whole else None)
-            if not any(map(is_of_engine, type(value).__mro__)):
-                self._keep_instance(value, name, whole)
+        elif isinstance(value, MEMORY):
+            self._keep_memory(value, whole)
+        elif not isinstance(value, CLOSED) and not any(map(is_of_engine, type(value).__mro__)):
+            self._keep_instance(value, name, whole)
 
     def _keep_generator(self, access: Access) -> None:
         get, set_to = access
         self._generators.append(access)
         self._undo.callback(set_to, get())
+
+    def _keep_memory(self, value: Any, whole: bool) -> None:
+        restore = remember_memory(value, min(_BYTES, self._left_bytes)) if whole else None
+        if restore is not None:
+            self._left_bytes -= count_bytes(value)
+            self.undo_with(restore)
 
     def _keep_place(self, file: io.IOBase, name: str, whole: bool) -> None:
         try:
@@ -190,7 +160,7 @@ class KeptState:
     def _keep_container(self, value: Any, name: str, whole: bool) -> None:
         if len(value) <= _LONG:
             for key, item in entries(value):
-                if isinstance(item, _ATOMS):
+                if isinstance(item, ATOMS):
                     continue
                 label = f"{name}.{key}" if isinstance(key, str) else f"{name}[{key!r:.40}]"
                 self._enter(item, label, setter(value, key) if reads_once(item) else None, whole)
@@ -228,7 +198,7 @@ class KeptState:
                 self._undo.callback(put, item)
 
     def _enter_class(self, kind: type, name: str) -> None:
-        if (id(kind), False) not in self._seen and _root(kind) not in _KNOWN:
+        if (id(kind), False) not in self._seen and not is_known(kind):
             self._seen[id(kind), False] = kind
             self._waiting.extend((item, f"{name}.{key}", False) for key, item in vars(kind).items())
 
@@ -248,28 +218,23 @@ class KeptState:
         self._keep_container(vars(value), name, whole)
         self._waiting += [(part, name, whole) for part in (value.__defaults__, value.__kwdefaults__)]
         whole = whole and self._enters_closures
-        for variable, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
-            try:
-                item = cell.cell_contents
-            except ValueError:  # not set yet
-                continue
-            put = functools.partial(setattr, cell, "cell_contents")
+        for variable, cell in closure_cells(value):
+            item, put = cell.cell_contents, functools.partial(setattr, cell, "cell_contents")
             self._enter(item, f"{name}.{variable}", put, whole)
             if whole:
                 self._undo.callback(put, item)
-        if _root(value) not in _KNOWN:
+        if not is_known(value):
             known = value.__globals__
             names = [name for name in global_names(value.__code__) if name in known]
             self._waiting.extend((known[name], name, False) for name in names)
 
 
-def is_of_engine(code: Any) -> bool:
-    """Tell whether a class or a function is of a package whose state is only its own to change."""
-    return f"{code.__module__}.".startswith(_ENGINES)
-
-
-def _root(code: Any) -> str:
-    return str(getattr(code, "__module__", "")).partition(".")[0]
+def closure_cells(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    """Yield the variables of a closure by name, those left out that have no value yet."""
+    for variable, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with contextlib.suppress(ValueError):
+            cell.cell_contents  # noqa: B018 - raises where there is none
+            yield variable, cell
 
 
 def global_names(code: types.CodeType) -> Iterator[str]:

@@ -129,7 +129,7 @@ def sketched_gradients(
             lora_ga_config=LoRAGAConfig(init="none"),
         )
         trainer.model_wrapped = trainer.model
-        return {n: estimate_gradients(trainer, LoRAGAConfig(num_samples=n)) for n in counts}
+        return {n: estimate_gradients(trainer, LoRAGAConfig(num_samples=n, probe_order="train")) for n in counts}
 
 
 def compare_halves(halves: tuple[Tensor, Tensor], r: int) -> float:
