@@ -52,7 +52,8 @@ def weights_of(trainer: Trainer) -> dict[str, Tensor]:
 def make_trainer(client: Client, way: str, folder: Path, **config: Any) -> Trainer:
     set_seed(11)
     passed = client.make(folder)
-    start = LoRAGAConfig(**({"num_samples": 4} | client.config | config))
+    # In the order of training, so that the first losses can be compared.
+    start = LoRAGAConfig(**({"num_samples": 4, "probe_order": "train"} | client.config | config))
     if way == "mixin":
         mixed = type("Mine", (LoRAGAMixin, client.trainer), {})
         return mixed(**passed, lora_ga_config=start)
@@ -104,4 +105,5 @@ def verdict(client: Client, way: str, plain: Run, folder: Path) -> str:
         return "refused"
     require_no_trace(client, way, plain, folder / "undone")
     require_start(client, way, plain, folder / "started")
-    return "works" if client.unreached == 0 else f"works; {client.unreached} layers start plain"
+    layers = "1 layer starts" if client.unreached == 1 else f"{client.unreached} layers start"
+    return "works" if client.unreached == 0 else f"works; {layers} plain"
