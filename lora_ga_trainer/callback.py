@@ -41,11 +41,16 @@ class LoRAGACallback(TrainerCallback):
     initialised it is never initialised again: not on a second `train()`, a retry of `auto_find_batch_size` or a
     resume.
 
-    Three methods of this trainer instance are wrapped, see `lora_ga_trainer.patches`: `get_decay_parameter_names`
-    leaves anchored parameters out of weight decay, `log` leaves the time of the start out of the runtime, and `train`
-    checks a checkpoint before it is loaded (with `resume_from_checkpoint=True` it takes the newest that was written to
-    its end). [`LoRAGAMixin`] adds what a callback can't: it counts the tied halves once in the clipping norm, prepares
-    the new model of each `hyperparameter_search` trial, and builds optimizers (`correction`, `loraplus_lr_ratio`,
+    Some methods of this trainer instance are wrapped, see `lora_ga_trainer.patches`:
+
+    * `get_decay_parameter_names` leaves anchored parameters out of weight decay.
+    * `log` leaves the time of the start out of the runtime.
+    * `train` checks a checkpoint before it is loaded. With `resume_from_checkpoint=True` it takes the newest that was
+      written to its end.
+    * `_save`, `_load_from_checkpoint` and `_load_best_model` know adapters without a `PeftModel` on top, too.
+
+    [`LoRAGAMixin`] adds what a callback can't: it counts the tied halves once in the clipping norm, prepares the new
+    model of each `hyperparameter_search` trial, and builds optimizers (`correction`, `loraplus_lr_ratio`,
     `riemannian_reg`). With the callback alone the norm counts the gradient of every anchored `A` twice.
 
     Args:

@@ -6,17 +6,19 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import Seq2SeqTrainer, Trainer
+from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 
+from .adapters.host import find_hosts
 from .adapters.storage import anchored_parameter_names, counted_norm
 from .callback import LoRAGACallback
 from .config import LoRAGAConfig
 from .engines.support import holds_whole_gradients
 from .optimizers.build import build_optimizer, require_buildable
 from .optimizers.weight_decay import without_anchored
-from .patches import log_without_start, put_first
+from .patches import is_of_transformers, log_without_start, put_first
+from .saving.checkpoint import load_with_adapter, save_with_adapter
 from .saving.resume import checked_checkpoint
 from .starts.prepare import prepare_adapter, require_config
 from .starts.report import GradientReport
@@ -38,7 +40,7 @@ class LoRAGAMixin(_AnyTrainer):
         class MyTrainer(LoRAGAMixin, SFTTrainer): ...
 
     Args:
-        args, kwargs: of the Trainer; its model must be a `PeftModel` by the end of its `__init__`.
+        args, kwargs: of the Trainer; its model must have an adapter by the end of its `__init__`.
         lora_ga_config: how to start; default `LoRAGAConfig()`.
         probe_dataset: examples for the probe instead of the train dataset's.
 
@@ -56,10 +58,19 @@ class LoRAGAMixin(_AnyTrainer):
         **kwargs: Any,
     ) -> None:
         self.lora_ga_config = require_config(lora_ga_config)
+        self._own_callbacks: list[TrainerCallback] = []
         super().__init__(*args, **kwargs)
         require_buildable(self, self.lora_ga_config.optimizer)
         self._lora_ga_callback = LoRAGACallback(self, self.lora_ga_config, probe_dataset)
         self.add_callback(self._lora_ga_callback)
+
+    def add_callback(self, callback: Any) -> None:
+        """Add a callback as the Trainer does, and remember those that the trainer's own constructor adds."""
+        super().add_callback(callback)
+        if not hasattr(self, "_lora_ga_callback"):
+            added = self.callback_handler.callbacks[-1]
+            if not is_of_transformers(added):
+                self._own_callbacks.append(added)
 
     @property
     def lora_ga_report(self) -> GradientReport | None:
@@ -78,7 +89,7 @@ class LoRAGAMixin(_AnyTrainer):
 
         With `resume_from_checkpoint=True` the newest one that was written to its end is taken.
         """
-        put_first(self, self._lora_ga_callback)
+        put_first(self, self._lora_ga_callback, self._own_callbacks)
         return super().train(checked_checkpoint(self, resume_from_checkpoint), *args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None, *args: Any, **kwargs: Any) -> None:
@@ -86,6 +97,19 @@ class LoRAGAMixin(_AnyTrainer):
         callback = vars(self).get("_lora_ga_callback")  # not there before the end of `__init__`
         seconds = 0.0 if callback is None else callback.start_seconds
         log_without_start(super().log, seconds, logs, start_time, *args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Save as the Trainer does, the adapter's own files included."""
+        save = lambda: super(LoRAGAMixin, self)._save(output_dir, state_dict)
+        save_with_adapter(self, save, output_dir, state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        """Load as the Trainer does, or the adapter alone for models that it can't load."""
+        load = lambda: super(LoRAGAMixin, self)._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+        load_with_adapter(self, load, resume_from_checkpoint, best=False)
+
+    def _load_best_model(self) -> None:
+        load_with_adapter(self, super()._load_best_model, self.state.best_model_checkpoint or "", best=True)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Name the decayed parameters, without anchored ones unless the optimizer decays their net update."""
@@ -144,10 +168,10 @@ class _WrapsModel(LoRAGAMixin):
     def _adapt(self, model: nn.Module) -> nn.Module:
         if self._peft_config is None:
             return model
-        if isinstance(model, PeftModel):
+        if find_hosts(model):
             raise ValueError(
-                "peft_config was passed with a model that is a PeftModel already. Pass one of the two: the plain "
-                "model with `peft_config`, or the PeftModel alone."
+                "peft_config was passed with a model that has an adapter already. Pass one of the two: the plain "
+                "model with `peft_config`, or the model with its adapter alone."
             )
         # A copy: PEFT and anchoring both write into the config of the adapter.
         return get_peft_model(model, copy.deepcopy(self._peft_config))
@@ -158,7 +182,7 @@ class LoRAGATrainer(_WrapsModel, Trainer):
     `transformers.Trainer` whose LoRA adapter starts where the gradient of the full weights points.
 
     Args:
-        model: a `PeftModel`, or a plain model with `peft_config`.
+        model: with an adapter, whichever way it was added, or a plain model with `peft_config`.
         args, ...: every other argument of `transformers.Trainer`, unchanged.
         peft_config (`peft.LoraConfig`, *optional*): wraps a plain `model`, or each model that `model_init` makes.
         lora_ga_config (`LoRAGAConfig`, *optional*): how to start; default LoRA-GA on 64 examples.

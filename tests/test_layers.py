@@ -6,16 +6,9 @@ import pytest
 import tiny
 import torch
 from peft import IA3Config, LoraConfig, get_peft_model
-from torch import nn
 
-from lora_ga_trainer.adapters.find import (
-    active_adapter,
-    find_adapted_layers,
-    find_lora_layers,
-    is_trained,
-    require_peft_model,
-    saved_modules,
-)
+from lora_ga_trainer.adapters.find import find_adapted_layers, find_lora_layers, is_trained, saved_modules
+from lora_ga_trainer.adapters.host import active_adapter, require_adapter
 
 
 def by_name(model):
@@ -95,18 +88,6 @@ def test_an_adapted_embedding_is_refused_by_name():
         find_adapted_layers(model)
 
 
-def test_an_adapted_convolution_is_refused_by_name():
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.stem = nn.Conv2d(3, 4, 3)
-            self.head = nn.Linear(4, 2)
-
-    model = get_peft_model(Net(), LoraConfig(r=2, target_modules=["stem", "head"]))
-    with pytest.raises(ValueError, match=r"stem: .*Conv2d.*target_modules"):
-        find_adapted_layers(model)
-
-
 def test_a_merged_adapter_is_refused_until_it_is_unmerged(model):
     model.merge_adapter()
     with pytest.raises(ValueError, match=r"model\.layers\.0\.self_attn\.q_proj.*merged.*unmerge_adapter"):
@@ -132,12 +113,12 @@ def test_a_partly_frozen_adapter_lists_its_trained_layers_only(model):
 def test_an_adapter_of_another_kind_is_refused_with_its_type():
     model = get_peft_model(tiny.llama(), IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
     with pytest.raises(ValueError, match=r"'default' is of type .*IA3, not LoRA.*init='none'"):
-        require_peft_model(model)
+        require_adapter(model)
 
 
 def test_a_plain_model_is_refused_with_the_way_to_wrap_it():
     with pytest.raises(ValueError, match=r"LlamaForCausalLM without a PEFT adapter.*peft_config=LoraConfig"):
-        require_peft_model(tiny.llama())
+        require_adapter(tiny.llama())
 
 
 def test_only_the_active_adapter_is_read(model):

@@ -20,16 +20,16 @@ import math
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
-from .find import active_adapter
+from .host import require_adapter
 from .layer import AdaptedLayer
 from .storage import AnchoredParamWrapper, join_A, join_B, split_A, split_B
 
 
-def expand_adapter(model: PeftModel, layers: list[AdaptedLayer]) -> None:
+def expand_adapter(model: nn.Module, layers: list[AdaptedLayer]) -> None:
     """
     Replace the rank-r factors of untrained `layers` by anchored ones of stored rank 2r, at the start `[A; 0]`, `0`.
 
@@ -37,20 +37,20 @@ def expand_adapter(model: PeftModel, layers: list[AdaptedLayer]) -> None:
     so that `s` stays what it was and stock PEFT rebuilds the same layers from the saved config. The parameters are
     new: this must happen before an optimizer is made.
     """
-    config = model.peft_config[active_adapter(model)]
+    config = require_adapter(model).config
     grow_alpha = math.sqrt(2.0) if config.use_rslora else 2
     for layer in layers:
         _expand_layer(layer, grow_alpha)
     _rescale_config(config, 2, grow_alpha)
 
 
-def halve_adapter(model: PeftModel, layers: list[AdaptedLayer]) -> None:
+def halve_adapter(model: nn.Module, layers: list[AdaptedLayer]) -> None:
     """
     Replace the factors of untrained, plain `layers` by the first half of their rows and columns, `s` unchanged.
 
     A plain start draws the rows of `A` alike whatever the rank, so that what is left is a plain start of that rank.
     """
-    config = model.peft_config[active_adapter(model)]
+    config = require_adapter(model).config
     shrink_alpha = 1 / math.sqrt(2.0) if config.use_rslora else 0.5
     for layer in layers:
         _halve_layer(layer, shrink_alpha)
@@ -71,10 +71,10 @@ def _halve_layer(layer: AdaptedLayer, shrink_alpha: float) -> None:
     r = layer.stored_rank // 2
     for linear, factor, value in (
         (layer.lora_A, layer.stored_A, join_A(A[:, :r].clone())),
-        (layer.lora_B, layer.stored_B, join_B(B[..., :r].clone())),
+        (layer.lora_B, layer.stored_B, join_B(B[:, :, :r].clone())),
     ):
         linear.weight = nn.Parameter(value.contiguous(), requires_grad=factor.requires_grad)
-        linear.out_features, linear.in_features = value.shape
+        _note_shape(linear)
     _rescale_layer(layer, r, shrink_alpha)
 
 
@@ -112,22 +112,34 @@ def _anchor(
     B: nn.Parameter,  # (out, 2r * E)
 ) -> None:
     """Put anchored modules around factors in delta form, keeping the bias of `lora_B`."""
-    kind_A, kind_B = layer.anchored_modules
-    lora_A: Any = _build(kind_A, A, None)
+    kind_A, kind_B = layer.anchored_kinds()
+    lora_A: Any = _build(kind_A, layer.lora_A, A, None)
     lora_A.experts = layer.experts
-    layer.module.lora_B[layer.adapter] = _build(kind_B, B, layer.lora_B.bias)
+    layer.module.lora_B[layer.adapter] = _build(kind_B, layer.lora_B, B, layer.lora_B.bias)
     layer.module.lora_A[layer.adapter] = lora_A
     if isinstance(layer.module, ParamWrapper):
         layer.module.__class__ = AnchoredParamWrapper
 
 
-def _build(kind: type[nn.Linear], weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    linear.__class__ = kind  # not kind(...): while nn.Linear is being made there is no weight to read
-    linear.weight = weight
+def _build(kind: type[nn.Module], like: Any, weight: nn.Parameter, bias: nn.Parameter | None) -> Any:
+    if isinstance(like, nn.Linear):
+        made: Any = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    else:
+        made = type(like)(1, 1, like.kernel_size, like.stride, like.padding, bias=bias is not None, device="meta")
+    made.__class__ = kind  # not kind(...): while the module is being made there is no weight to read
+    made.weight = weight
     if bias is not None:
-        linear.bias = bias
-    return linear
+        made.bias = bias
+    _note_shape(made)
+    return made
+
+
+def _note_shape(module: Any) -> None:
+    """Let a module tell the shape of its weight."""
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    else:
+        module.out_channels, module.in_channels = module.weight.shape[:2]
 
 
 @torch.no_grad()
@@ -146,8 +158,12 @@ def start_values(
     if layer.is_anchored:
         A = join_A(torch.cat([A0, torch.zeros_like(A0)], dim=1))
         B = join_B(torch.cat([torch.zeros_like(B0), B0], dim=2))
-        return [(layer.stored_A, A), (layer.stored_B, B)]
-    values = [(layer.stored_A, join_A(A0)), (layer.stored_B, join_B(B0))]
+    else:
+        A, B = join_A(A0), join_B(B0)
+    A, B = layer.as_stored(A, B)
+    values = [(layer.stored_A, A), (layer.stored_B, B)]
+    if layer.is_anchored:
+        return values
     if layer.uses_dora:
         values.append((layer.dora_parameter, layer.dora_magnitude(layer.s * (B0[0] @ A0[0]))))
     return values

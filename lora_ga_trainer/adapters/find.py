@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from peft import LoraConfig, PeftModel, PeftType
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -13,48 +12,20 @@ from transformers.pytorch_utils import Conv1D
 
 from ..engines.devices import to_fp64
 from ..engines.parameters import plain_name
+from .conv import AdaptedConv, require_plain_conv
+from .host import active_adapter, require_adapter
 from .layer import AdaptedExperts, AdaptedLayer, variant_of
 from .storage import split_A, split_B
 
 
-def require_peft_model(model: nn.Module) -> PeftModel:
-    """
-    Return `model` if it carries a LoRA adapter of PEFT.
-
-    Raises:
-        `ValueError`: if it is not a `PeftModel` or its active adapter is of another type.
-    """
-    if not isinstance(model, PeftModel):
-        raise ValueError(
-            f"The model is a {type(model).__name__} without a PEFT adapter. Pass `peft_config=LoraConfig(...)` to the "
-            "trainer, or wrap the model with `peft.get_peft_model` first."
-        )
-    adapter = active_adapter(model)
-    config = model.peft_config[adapter]
-    if not isinstance(config, LoraConfig) or config.peft_type is not PeftType.LORA:
-        raise ValueError(
-            f"Adapter {adapter!r} is of type {config.peft_type}, not LoRA. A gradient-aligned start is defined for "
-            "`peft.LoraConfig`; use `LoRAGAConfig(init='none')` or transformers.Trainer for other adapters."
-        )
-    return model
-
-
-def active_adapter(model: PeftModel) -> str:
-    """Return the name of the one adapter that is active and would be trained."""
-    names = list(model.active_adapters)
-    if len(names) != 1:
-        raise ValueError(f"Adapters {names} are active at once. Choose one with `model.set_adapter(name)`.")
-    return names[0]
-
-
-def find_adapted_layers(model: PeftModel) -> list[AdaptedLayer]:
+def find_adapted_layers(model: nn.Module) -> list[AdaptedLayer]:
     """
     List the layers of the active adapter that are trained, in the model's order.
 
     A module that is shared by several names is listed once.
 
     Args:
-        model: of PEFT, as `trainer.model` is before an engine wraps it.
+        model: with an adapter, as `trainer.model` is before an engine wraps it.
 
     Returns:
         One [`AdaptedLayer`] a module: its `name`, `shape` `(out, in)`, `s`, and the factors `stored_A`, `stored_B`.
@@ -80,16 +51,17 @@ def find_adapted_layers(model: PeftModel) -> list[AdaptedLayer]:
     return layers
 
 
-def find_lora_layers(model: PeftModel) -> list[AdaptedLayer]:
+def find_lora_layers(model: nn.Module) -> list[AdaptedLayer]:
     """
     List the layers of the active adapter, trained or not, in the model's order.
 
     Raises:
         `ValueError`: if a layer is neither a linear one nor a bare parameter.
     """
-    adapter = active_adapter(model)
+    host = require_adapter(model)
+    adapter = host.adapter
     layers: list[AdaptedLayer] = []
-    for name, module in model.get_base_model().named_modules():
+    for name, module in host.base.named_modules():
         if not isinstance(module, BaseTunerLayer) or not _carries(module, adapter):
             continue
         name = plain_name(name)
@@ -97,6 +69,10 @@ def find_lora_layers(model: PeftModel) -> list[AdaptedLayer]:
             # Wrappers of one module are nested; the name is that of the parameter in the base model.
             owner = name.replace(".base_layer", "")
             layers.append(AdaptedExperts(f"{owner}.{module.parameter_name}", module, adapter))
+        elif isinstance(module.get_base_layer(), (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            conv = AdaptedConv(name, module, adapter)
+            require_plain_conv(name, conv.base, conv.uses_dora)
+            layers.append(conv)
         else:
             _require_linear(name, module, adapter)
             layers.append(AdaptedLayer(name, module, adapter))
@@ -119,15 +95,17 @@ def _require_linear(name: str, module: BaseTunerLayer, adapter: str) -> None:
     if not linear:
         raise ValueError(
             f"Layer {name}: {type(module).__name__} adapts a {type(base).__name__}, whose weight gradient can't be "
-            "read from its input and output. Linear layers (`nn.Linear` and the quantised layers derived from it) and "
-            "Conv1D layers can; leave the others out of `target_modules`, or load the base in another format."
+            "read from its input and output. Linear layers (`nn.Linear` and the quantised layers derived from it), "
+            "Conv1D layers and convolutions can; leave the others out of "
+            "`target_modules`, or load the base in another format."
         )
 
 
-def saved_modules(model: PeftModel) -> list[nn.Module]:
+def saved_modules(model: nn.Module) -> list[nn.Module]:
     """List the trainable copies that `modules_to_save` made for the active adapter (a classification head, say)."""
-    adapter = active_adapter(model)
-    wrappers = (module for module in model.modules() if isinstance(module, ModulesToSaveWrapper))
+    host = require_adapter(model)
+    adapter = host.adapter
+    wrappers = (module for module in host.owner.modules() if isinstance(module, ModulesToSaveWrapper))
     return [wrapper.modules_to_save[adapter] for wrapper in wrappers if adapter in wrapper.modules_to_save]
 
 
@@ -136,8 +114,8 @@ def is_trained(layer: AdaptedLayer) -> bool:
     """Tell whether the layer's adapter already moves the output: `B A != 0`, not merely `B != 0`."""
     if layer.lora_B.bias is not None and layer.lora_B.bias.any():
         return True
-    A = split_A(to_fp64(layer.stored_A), layer.experts)  # (E, r, in)
-    B = split_B(to_fp64(layer.stored_B), layer.experts)  # (E, out, r)
+    A = split_A(to_fp64(layer.stored_A).flatten(1), layer.experts)  # (E, r, in)
+    B = split_B(to_fp64(layer.stored_B).flatten(1), layer.experts)  # (E, out, r)
     # A random vector in the null space of a nonzero B A has probability zero, and B (A v) needs no (out, in) buffer.
     v = torch.randn(A.shape[-1], 1, generator=torch.Generator().manual_seed(0), dtype=A.dtype).to(A.device)
     return bool((B @ (A @ v)).any())

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.pytorch_utils import Conv1D
 
 from ..engines.parameters import is_sharded, read_parameter
-from .storage import AnchoredA, AnchoredB, AnchoredExpertsA, AnchoredExpertsB
+from .storage import AnchoredA, AnchoredB, AnchoredExpertsA, AnchoredExpertsB, AnchoredLinearA, AnchoredLinearB
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,6 @@ class AdaptedLayer:
 
     # Whether the layer has an input `x` and an output `y` of its own, from which its gradient can be read.
     has_inputs: ClassVar[bool] = True
-    # The modules that `lora_A` and `lora_B` become when the layer is anchored.
-    anchored_modules: ClassVar[tuple[type[AnchoredA], type[AnchoredB]]] = (AnchoredA, AnchoredB)
 
     name: str
     module: LoraLayer
@@ -107,6 +105,14 @@ class AdaptedLayer:
         """The parameter of `lora_B`: `(out, stored_rank * experts)`."""
         return cast(nn.Parameter, self.lora_B._parameters["weight"])
 
+    def anchored_kinds(self) -> tuple[type[AnchoredA], type[AnchoredB]]:
+        """Return the modules that `lora_A` and `lora_B` become when the layer is anchored."""
+        return AnchoredLinearA, AnchoredLinearB
+
+    def as_stored(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """Bring matrices `(E * r, in)` and `(out, r * E)` to the shapes of `stored_A` and `stored_B`."""
+        return A, B
+
     def require_whole(self, copies: int) -> None:
         """
         Refuse a layer whose factors can't be written where the model runs.
@@ -143,7 +149,7 @@ class AdaptedLayer:
             self.base.weight = held  # PEFT leaves a copy in its place, which has lost the scales of int8 codes
         if is_traceable_wrapper_subclass(weight):
             weight = weight.dequantize()
-        weight = weight.T if isinstance(self.base, Conv1D) else weight
+        weight = weight.T if isinstance(self.base, Conv1D) else weight.flatten(1)
         if weight.shape != self.shape:
             raise ValueError(
                 f"Layer {self.name}: this engine shows its weight as {tuple(weight.shape)} instead of {self.shape}, "
@@ -198,7 +204,9 @@ class AdaptedExperts(AdaptedLayer):
     """
 
     has_inputs = False
-    anchored_modules = (AnchoredExpertsA, AnchoredExpertsB)
+
+    def anchored_kinds(self) -> tuple[type[AnchoredA], type[AnchoredB]]:
+        return AnchoredExpertsA, AnchoredExpertsB
 
     @property
     def weight(self) -> Tensor:

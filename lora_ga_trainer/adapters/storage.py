@@ -6,7 +6,9 @@ Fused experts keep one LoRA pair an expert in two matrices:
     lora_A.weight  (E * r, in)   seen as (E, r, in): the rows of one expert lie together
     lora_B.weight  (out, r * E)  seen as (out, r, E): the columns of one expert lie E apart
 
-A linear layer is the case `E = 1`. See `lora_ga_trainer.adapters.anchor` for what delta form is and why.
+A linear layer is the case `E = 1`. A convolution is as well, with the axes of its kernel behind the others:
+`lora_A.weight (r, in, *kernel)`, `lora_B.weight (out, r, 1, ...)`.
+See `lora_ga_trainer.adapters.anchor` for what delta form is and why.
 """
 
 from __future__ import annotations
@@ -30,11 +32,11 @@ def join_A(A: Tensor) -> Tensor:  # (E, r, in) -> (E * r, in)
 
 
 def split_B(stored: Tensor, experts: int) -> Tensor:  # (out, r * E) -> (E, out, r), a view
-    return stored.unflatten(1, (-1, experts)).permute(2, 0, 1)
+    return stored.unflatten(1, (-1, experts)).movedim(2, 0)
 
 
 def join_B(B: Tensor) -> Tensor:  # (E, out, r) -> (out, r * E)
-    return B.permute(1, 2, 0).flatten(1, 2)
+    return B.movedim(0, 2).flatten(1, 2)
 
 
 class _TieHalves(torch.autograd.Function):
@@ -65,10 +67,11 @@ class _FreezeSecondHalf(torch.autograd.Function):
         return torch.cat([live, torch.zeros_like(live)], dim=1)
 
 
-class AnchoredA(nn.Linear):
-    """`lora_A` in delta form: an `nn.Linear` of weight `[A; A - A0] (2r, in)` with tied halves."""
+class AnchoredA(nn.Module):
+    """`lora_A` in delta form: its weight is `[A; A - A0] (2r, in, *kernel)` with tied halves."""
 
     experts = 1
+    weight: Tensor
 
     @property
     def stored(self) -> Tensor:
@@ -77,12 +80,18 @@ class AnchoredA(nn.Linear):
     def tied(self) -> Tensor:
         return _TieHalves.apply(self.stored, self.experts)
 
+
+class AnchoredLinearA(AnchoredA, nn.Linear):
+    """[`AnchoredA`] of a linear layer."""
+
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., 2r)
         return F.linear(x, self.tied(), self.bias)
 
 
-class AnchoredB(nn.Linear):
-    """`lora_B` in delta form: an `nn.Linear` of weight `[B - B0, B0] (out, 2r)` whose second half is frozen."""
+class AnchoredB(nn.Module):
+    """`lora_B` in delta form: its weight is `[B - B0, B0] (out, 2r, 1, ...)` whose second half is frozen."""
+
+    weight: Tensor
 
     @property
     def stored(self) -> Tensor:
@@ -91,11 +100,15 @@ class AnchoredB(nn.Linear):
     def frozen(self) -> Tensor:
         return _FreezeSecondHalf.apply(self.stored)
 
+
+class AnchoredLinearB(AnchoredB, nn.Linear):
+    """[`AnchoredB`] of a linear layer."""
+
     def forward(self, x: Tensor) -> Tensor:  # (..., 2r) -> (..., out)
         return F.linear(x, self.frozen(), self.bias)
 
 
-class AnchoredExpertsA(AnchoredA):
+class AnchoredExpertsA(AnchoredLinearA):
     """
     `lora_A` of fused experts in delta form, `(E * 2r, in)`.
 
@@ -115,7 +128,7 @@ class AnchoredExpertsA(AnchoredA):
         return self.tied() if self.makes_product and torch.is_grad_enabled() else self.stored
 
 
-class AnchoredExpertsB(AnchoredB):
+class AnchoredExpertsB(AnchoredLinearB):
     """`lora_B` of fused experts in delta form, `(out, 2r * E)`; read as [`AnchoredExpertsA`] is."""
 
     makes_product = False

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import io
-import pickle
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -84,8 +83,14 @@ def reads_once(value: Any) -> bool:
 
 
 def _digest(state: Any) -> bytes:
-    # Pickles of equal tensors differ.
-    return state.numpy().tobytes() if isinstance(state, torch.Tensor) else pickle.dumps(state)
+    """Return bytes that are equal for equal states: tensors, arrays, numbers, and nested tuples and dicts of these."""
+    if isinstance(state, torch.Tensor):
+        state = state.numpy()
+    if isinstance(state, np.ndarray):
+        return state.tobytes()
+    if isinstance(state, Mapping):
+        return b"".join(_digest(value) for value in state.values())
+    return b",".join(map(_digest, state)) if isinstance(state, (tuple, list)) else repr(state).encode()
 
 
 def _again(read: Sequence[tuple[Any, list[tuple[Access, bytes, Any]]]], iterator: Iterator[Any]) -> Iterator[Any]:

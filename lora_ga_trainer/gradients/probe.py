@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..adapters.find import find_adapted_layers, require_peft_model
+from ..adapters.find import find_adapted_layers
 from ..adapters.layer import AdaptedLayer
 from ..config import LoRAGAConfig
 from ..engines.support import probed_module
@@ -80,7 +80,7 @@ def estimate_gradients(
     """
     model = probed_module(trainer)
     if layers is None:
-        layers = find_adapted_layers(require_peft_model(trainer.accelerator.unwrap_model(trainer.model)))
+        layers = find_adapted_layers(trainer.accelerator.unwrap_model(trainer.model))
     scales = FP16_LOSS_SCALES if _uses_fp16(trainer, layers) else (1.0,)
     for scale in scales:
         with borrowed(trainer, model, probe_dataset):
@@ -152,27 +152,27 @@ class _Probe:
         A round that is a large part of all samples would otherwise be seen through Gaussian columns alone.
         """
         with failing_together(self.trainer, 0), self.collector.only_looking():
-            items = count_items(self.trainer, micro_batch)
-            loss = self._loss(0, micro_batch, items)
-            self.collector.collect(loss, items * micro_batch.share, 0.0, 0)
+            loss, weight = self._loss(0, micro_batch)
+            self.collector.collect(loss, weight, 0.0, 0)
         self.collector.turn()
         self.collector.forget()
 
     def _step(self, number: int, micro_batch: MicroBatch) -> None:
-        items = count_items(self.trainer, micro_batch)
-        loss = self._loss(number, micro_batch, items)
-        share = micro_batch.share
-        weight, value = items * share, loss.item()
-        if weight > 0 and not math.isfinite(value):
-            raise NonFiniteGradient(f"Probe batch {number}: the loss is {value}. {POISON_ADVICE}")
+        loss, weight = self._loss(number, micro_batch)
         # A batch that does not count runs all the same: sharded models need every process in every pass.
-        self.collector.collect(loss, weight, share, number)
-        self.counts.add(micro_batch, weight, value)
+        self.collector.collect(loss, weight, micro_batch.share, number)
+        self.counts.add(micro_batch, weight, loss.item())
 
-    def _loss(self, number: int, micro_batch: MicroBatch, items: float) -> Tensor:
+    def _loss(self, number: int, micro_batch: MicroBatch) -> tuple[Tensor, float]:
+        """Return the mean loss of a micro-batch, and the number of its items that count."""
+        items = count_items(self.trainer, micro_batch)
         # Every micro-batch uses the weights alike, and watching takes time.
         with self.uses.watched() if number == 0 else nullcontext():
-            return mean_loss(self.trainer, self.model, micro_batch.batch, items)
+            loss = mean_loss(self.trainer, self.model, micro_batch.batch, items)
+        weight = items * micro_batch.share
+        if weight > 0 and not math.isfinite(loss.item()):
+            raise NonFiniteGradient(f"Probe batch {number}: the loss is {loss.item()}. {POISON_ADVICE}")
+        return loss, weight
 
     def _result(self, unreached: list[str], seconds: float) -> GradientEstimate:
         counts = self.counts

@@ -8,12 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..adapters.find import require_peft_model
 from ..adapters.layer import AdaptedLayer
 from ..config import LoRAGAConfig
 from ..engines.collectives import gather_integers
@@ -41,7 +39,7 @@ _FIGURES = ("samples", "items", "tokens", "loss", "seconds", "bytes_sent")
 def save_estimate(
     estimate: GradientEstimate,
     config: LoRAGAConfig,
-    model: PeftModel,
+    model: nn.Module,
     layers: Sequence[AdaptedLayer],
     dataset: Any,
     write: bool = True,
@@ -87,7 +85,7 @@ def _own_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_estimate(
-    config: LoRAGAConfig, model: PeftModel, layers: Sequence[AdaptedLayer], dataset: Any
+    config: LoRAGAConfig, model: nn.Module, layers: Sequence[AdaptedLayer], dataset: Any
 ) -> GradientEstimate | None:
     """
     Read `config.probe_file`; `None` if there is no such file.
@@ -216,7 +214,7 @@ def _path(config: LoRAGAConfig) -> Path:
 
 
 def _fingerprints(
-    config: LoRAGAConfig, model: PeftModel, layers: Sequence[AdaptedLayer], dataset: Any
+    config: LoRAGAConfig, model: nn.Module, layers: Sequence[AdaptedLayer], dataset: Any
 ) -> dict[str, str]:
     settings = {"num_samples": config.num_samples, "estimator": config.estimator, "sketch_size": config.sketch_size}
     settings["probe_order"] = config.probe_order
@@ -237,7 +235,7 @@ def load_or_estimate(
     if config.probe_file is None:
         return estimate_gradients(trainer, config, layers, probe_dataset)
     dataset = trainer.train_dataset if probe_dataset is None else probe_dataset
-    model = require_peft_model(trainer.accelerator.unwrap_model(trainer.model))
+    model = trainer.accelerator.unwrap_model(trainer.model)
     seen = [row[0] for row in gather_integers(trainer, int(Path(config.probe_file).exists()))]
     if len(set(seen)) > 1:
         raise ValueError(

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .rows import rows_of
+
 
 # (index of the module, x (N, in), dy (N, out), whether they are those of the module's own call)
 Sink = Callable[[int, Tensor, Tensor, bool], None]
@@ -111,7 +113,8 @@ def tapped(
     weights need nothing special.
 
     Args:
-        modules: by name, layers that map `(..., in)` to `(..., out)` and take the input as first argument.
+        modules: by name, layers that map `(..., in)` to `(..., out)`, or convolutions, and take the input as first
+            argument.
         sink: called in the backward pass with the module's index, `x` and `dy` flattened to two dimensions and in the
             dtypes of the forward and backward pass, and `True`. A pair that is owed to an inner gradient in the loss
             is no input and output gradient of the module; it comes with `False`.
@@ -125,7 +128,7 @@ def tapped(
     handles = []
     try:
         for index, (name, module) in enumerate(modules.items()):
-            tap = _ModuleTap(name, index, sink, counts)
+            tap = _ModuleTap(name, module, index, sink, counts)
             handles.append(module.register_forward_pre_hook(tap.before, with_kwargs=True))
             handles.append(module.register_forward_hook(tap.after, with_kwargs=True))
         yield
@@ -137,8 +140,8 @@ def tapped(
 class _ModuleTap:
     """The two hooks around the forward pass of one module."""
 
-    def __init__(self, name: str, index: int, sink: Sink, counts: Callable[[int], bool]) -> None:
-        self.name, self.index, self.sink, self.counts = name, index, sink, counts
+    def __init__(self, name: str, module: nn.Module, index: int, sink: Sink, counts: Callable[[int], bool]) -> None:
+        self.name, self.module, self.index, self.sink, self.counts = name, module, index, sink, counts
         self.use: _Use | None = None  # of the call that runs
 
     def before(
@@ -177,7 +180,8 @@ class _ModuleTap:
         return _leave(y, x, use)
 
     def _show(self, x: Tensor, dy: Tensor, own: bool) -> None:
-        self.sink(self.index, x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]), own)
+        for rows in rows_of(self.module, x, dy):
+            self.sink(self.index, *rows, own)
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch.optim import Optimizer
 
-from ..adapters.find import require_peft_model
+from ..adapters.host import require_adapter
 from ..engines.support import bare_optimizer, require_gradients, steps_by_itself
 from .builders import BuildRequest
 from .registry import ChosenOptimizer
@@ -36,7 +36,7 @@ def require_buildable(trainer: Trainer, chosen: ChosenOptimizer) -> None:
         in_parameters = entry.correct is None
         require_gradients(trainer, setting, in_parameters=in_parameters, gathers=entry.gathers_gradients)
     if trainer.model is not None:  # with model_init it is made later
-        require_peft_model(trainer.model)
+        require_adapter(trainer.model)
     if entry.wraps:
         return
     if trainer.optimizer is not None and not _is_made_by(chosen, trainer):
@@ -65,7 +65,8 @@ def build_optimizer(trainer: Trainer, chosen: ChosenOptimizer, create: Callable[
         return create()  # its gradients are corrected before the engine steps: see engine_step
     if trainer.optimizer is not None and not entry.wraps:  # a second train() with an optimizer of PEFT
         return create()
-    model = require_peft_model(trainer.accelerator.unwrap_model(trainer.model))
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    require_adapter(model)
     return entry.build(BuildRequest(trainer, model, create, chosen.setting, chosen.options))
 
 

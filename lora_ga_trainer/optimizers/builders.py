@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer, create_riemannian_optimizer
+from torch import nn
 from torch.optim import Optimizer
 from transformers.training_args import OptimizerNames
 
@@ -39,7 +39,7 @@ class BuildRequest:
     """
 
     trainer: Trainer
-    model: PeftModel
+    model: nn.Module
     create: Callable[[], Optimizer]
     setting: str
     options: Mapping[str, Any]

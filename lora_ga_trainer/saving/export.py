@@ -7,17 +7,18 @@ import os
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..adapters.find import active_adapter, find_lora_layers, require_peft_model
+from ..adapters.find import find_lora_layers
+from ..adapters.host import WEIGHTS_FILE, require_adapter
 from ..adapters.layer import AdaptedLayer
 from .record import plain_config
 
 
 @torch.no_grad()
-def export_adapter(model: PeftModel, folder: str | os.PathLike[str], rank: int) -> dict[str, float]:
+def export_adapter(model: nn.Module, folder: str | os.PathLike[str], rank: int) -> dict[str, float]:
     """
     Write the active adapter truncated to `rank` as a plain PEFT adapter.
 
@@ -26,7 +27,7 @@ def export_adapter(model: PeftModel, folder: str | os.PathLike[str], rank: int) 
     magnitudes are written as they are. The model itself is not changed.
 
     Args:
-        model: the trained model.
+        model: the trained model, whichever way its adapter was added.
         folder: made if it does not exist; `adapter_model.safetensors` and `adapter_config.json` are written.
         rank: of the exported factors; at least 1.
 
@@ -39,8 +40,7 @@ def export_adapter(model: PeftModel, folder: str | os.PathLike[str], rank: int) 
     """
     if type(rank) is not int or rank < 1:
         raise ValueError(f"export_adapter: rank={rank!r} must be a whole number of at least 1.")
-    model = require_peft_model(model)
-    adapter = active_adapter(model)
+    host = require_adapter(model)
     layers = find_lora_layers(model)
     for layer in layers:
         if not layer.has_inputs:
@@ -49,7 +49,7 @@ def export_adapter(model: PeftModel, folder: str | os.PathLike[str], rank: int) 
                 "the factors of linear layers can be truncated. Serve the adapter at its stored rank "
                 f"({layer.stored_rank}), or merge it with `merge_and_unload()`."
             )
-    tensors = get_peft_model_state_dict(model, adapter_name=adapter)
+    tensors = host.state_dict()
     errors, lost, whole = {}, 0.0, 0.0
     for layer in layers:
         B, A, lost_here, whole_here = _truncate(layer, rank)
@@ -61,28 +61,29 @@ def export_adapter(model: PeftModel, folder: str | os.PathLike[str], rank: int) 
         lost, whole = lost + lost_here, whole + whole_here
     errors["total"] = (lost / whole) ** 0.5 if whole > 0 else 0.0
     Path(folder).mkdir(parents=True, exist_ok=True)
-    _exported_config(model, adapter, rank).save_pretrained(os.fspath(folder))
+    _exported_config(host.config, rank).save_pretrained(os.fspath(folder))
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    save_file(tensors, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, Path(folder) / WEIGHTS_FILE, metadata={"format": "pt"})
     return errors
 
 
 def _truncate(layer: AdaptedLayer, rank: int) -> tuple[Tensor, Tensor, float, float]:
-    """Return `B (out, rank)`, `A (rank, in)`, and the energy lost and whole of `s B A`, without forming it."""
-    Q_b, R_b = torch.linalg.qr(layer.lora_B.weight.double())  # (out, k), (k, k)
-    Q_a, R_a = torch.linalg.qr(layer.lora_A.weight.double().T)  # (in, k), (k, k)
-    U, S, Vt = torch.linalg.svd(layer.s * R_b @ R_a.T)
+    """Return `B (out, rank)`, `A (rank, in)` as stored, and the energy lost and whole of `s B A`."""
+    Q_b, R_b = torch.linalg.qr(layer.lora_B.weight.double().flatten(1))  # (out, k), (k, k)
+    Q_a, R_a = torch.linalg.qr(layer.lora_A.weight.double().flatten(1).T)  # (in, k), (k, k)
+    U, S, Vt = torch.linalg.svd(layer.s * R_b @ R_a.T, full_matrices=False)
     root = S[:rank].sqrt()
     B, A = (Q_b @ U[:, :rank]) * root, root[:, None] * (Q_a @ Vt[:rank].T).T
     short = rank - root.shape[0]
     B, A = torch.nn.functional.pad(B, (0, short)), torch.nn.functional.pad(A, (0, 0, 0, short))
     energy = S.square()
     dtype = layer.lora_A.weight.dtype
-    return B.to(dtype), A.to(dtype), energy[rank:].sum().item(), energy.sum().item()
+    A, B = layer.as_stored(A.to(dtype), B.to(dtype))
+    return B, A, energy[rank:].sum().item(), energy.sum().item()
 
 
-def _exported_config(model: PeftModel, adapter: str, rank: int) -> LoraConfig:
-    config = plain_config(copy.copy(model.peft_config[adapter]))
+def _exported_config(config: LoraConfig, rank: int) -> LoraConfig:
+    config = plain_config(copy.copy(config))
     config.r = config.lora_alpha = rank
     config.rank_pattern, config.alpha_pattern, config.use_rslora = {}, {}, False
     config.inference_mode = True

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
 from ..adapters.find import saved_modules
+from ..adapters.host import require_adapter
 from ..adapters.layer import AdaptedLayer
 from ..engines.devices import preserved_rng
 from ..engines.parameters import read_parameter
@@ -53,7 +53,7 @@ _COMPUTED_WITH = frozenset(
 )
 
 
-def fingerprint_base(model: PeftModel, layers: Sequence[AdaptedLayer]) -> str:
+def fingerprint_base(model: nn.Module, layers: Sequence[AdaptedLayer]) -> str:
     """
     Digest the base model: what its config says of its layers, and 64 evenly spaced numbers of every tensor that
     adapted weights are stored as.
@@ -63,7 +63,7 @@ def fingerprint_base(model: PeftModel, layers: Sequence[AdaptedLayer]) -> str:
     weight that is spread over processes is gathered first, one layer at a time.
     """
     digest = hashlib.sha256()
-    config = getattr(model.get_base_model(), "config", None)
+    config = getattr(require_adapter(model).base, "config", None)
     if config is not None:
         digest.update(json.dumps(sorted(set(_computed_with(_entries(config))))).encode())
     for layer in layers:
@@ -100,7 +100,7 @@ def _lasting_name(value: Any) -> str:
     return getattr(value, "__qualname__", type(value).__qualname__)
 
 
-def fingerprint_heads(model: PeftModel) -> str:
+def fingerprint_heads(model: nn.Module) -> str:
     """Digest the trainable copies of `modules_to_save`: the gradient of the other layers depends on them."""
     digest = hashlib.sha256()
     for module in saved_modules(model):

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from accelerate.utils import DistributedType, gather_object
-from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 
-from .record import adapter_folder, record_of_model, require_record
+from ..adapters.host import CONFIG_FILE, WEIGHTS_FILE, find_host, require_adapter
+from .record import record_of_model, require_record
 
 
 if TYPE_CHECKING:
@@ -109,20 +109,22 @@ def _faults(trainer: Trainer, folder: Path) -> Iterator[str]:
     expected = record_of_model(model)
     if expected is not None:
         try:
-            require_record(adapter_folder(folder, model), expected)
+            require_record(require_adapter(model).place(folder), expected)
         except ValueError as error:
             yield str(error).rstrip(".")
 
 
 def _weights(trainer: Trainer, folder: Path) -> list[Path]:
     model = trainer.accelerator.unwrap_model(trainer.model)
-    if not isinstance(model, PeftModel):
-        return sorted(folder.glob("model*.safetensors")) or [folder / "model.safetensors"]
-    place = adapter_folder(folder, model)
-    weights = place / "adapter_model.safetensors"
+    host, states = find_host(model), sorted(folder.glob("model*.safetensors"))
+    if host is None or (states and record_of_model(model) is None):
+        return states or [folder / "model.safetensors"]
+    place = host.place(folder)
+    weights = place / WEIGHTS_FILE
     if trainer.accelerator.distributed_type == DistributedType.FSDP and not weights.exists():
-        return [place / "adapter_config.json"]  # sharded checkpoints keep the weights in a layout of their own
-    return [place / "adapter_config.json", weights]
+        return [place / CONFIG_FILE]  # sharded checkpoints keep the weights in a layout of their own
+    # A model that the Trainer can only save whole has its adapter's files beside its state: see `reload`.
+    return [place / CONFIG_FILE, weights, *states]
 
 
 def _random_numbers(trainer: Trainer, folder: Path) -> list[Path]:

@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from torch import nn
 from transformers.utils import cached_file
 
-from ..adapters.find import active_adapter
+from ..adapters.host import AdapterHost, find_host
 from ..maths.inits import INITS
 from .atomic import whole_file
 from .json_file import read_json, short
@@ -23,7 +23,7 @@ from .json_file import read_json, short
 FILE_NAME = "lora_ga.json"
 _FORMAT = 1
 _MAX_BYTES = 1 << 20
-_OF_RECORD = ("record", "adapter", "_model")  # what a RecordedLoraConfig adds
+_OF_RECORD = ("record", "adapter", "saves", "_owner")  # what a RecordedLoraConfig adds
 _MAX_RANK = 1 << 20  # no weight has as many rows or columns
 
 
@@ -62,40 +62,42 @@ class RecordedLoraConfig(LoraConfig):
 
     record: StartRecord | None = None
     adapter: str = "default"  # the one that the record tells of
-    _model: Callable[[], PeftModel | None] = staticmethod(lambda: None)  # weak: the model holds this config
+    saves: int = 0  # how often this object was written
+    _owner: Callable[[], nn.Module | None] = staticmethod(lambda: None)  # weak: the module holds this config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         super().save_pretrained(save_directory, **kwargs)
+        self.saves += 1
         if self.record is not None and self.record.initialised and not self._is_of_another(save_directory):
             write_record(self.record, save_directory)
 
     def _is_of_another(self, folder: str) -> bool:
         """Tell whether a folder is that of another adapter with this same config: PEFT names it after the adapter."""
-        model = self._model()
-        configs = {} if model is None else model.peft_config
+        owner = self._owner()
+        configs: Any = {} if owner is None else owner.peft_config
         sharing = {name for name, config in configs.items() if config is self and name != self.adapter}
         return Path(folder).name in sharing
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the reference to the model, which can't be pickled."""
-        return {key: value for key, value in self.__dict__.items() if key != "_model"}
+        """Leave out the reference to the module, which can't be pickled."""
+        return {key: value for key, value in self.__dict__.items() if key != "_owner"}
 
 
-def attach_record(config: LoraConfig, record: StartRecord, model: PeftModel | None = None) -> RecordedLoraConfig:
+def attach_record(config: LoraConfig, record: StartRecord, host: AdapterHost | None = None) -> RecordedLoraConfig:
     """
     Return `config` as a `RecordedLoraConfig`; every field, private ones included, is carried over.
 
     Args:
         config: of the adapter.
         record: of its start.
-        model: that holds the adapter as its active one; default an adapter named `"default"`.
+        host: that holds the adapter as its active one; default an adapter named `"default"`.
     """
     recorded = RecordedLoraConfig.__new__(RecordedLoraConfig)
     recorded.__dict__.update(plain_config(config).__dict__)
     recorded.record = record
-    if model is not None:
-        recorded.adapter = active_adapter(model)
-        recorded._model = weakref.ref(model)
+    if host is not None:
+        recorded.adapter = host.adapter
+        recorded._owner = weakref.ref(host.owner)
     return recorded
 
 
@@ -108,11 +110,19 @@ def plain_config(config: LoraConfig) -> LoraConfig:
 
 def record_of_model(model: nn.Module) -> StartRecord | None:
     """Return the record of a model's active adapter; `None` for a plain adapter or a model without one."""
-    if not isinstance(model, PeftModel):
+    config = recorded_config(model)
+    return None if config is None else config.record
+
+
+def recorded_config(model: nn.Module) -> RecordedLoraConfig | None:
+    """Return the config of a model's active adapter if it carries the record of that adapter."""
+    host = find_host(model)
+    if host is None:
         return None
-    adapter = active_adapter(model)
-    config = model.peft_config[adapter]
-    return config.record if isinstance(config, RecordedLoraConfig) and config.adapter == adapter else None
+    adapter = host.adapter
+    config = host.configs[adapter]
+    is_recorded = isinstance(config, RecordedLoraConfig) and config.adapter == adapter and config.record is not None
+    return config if is_recorded else None
 
 
 def write_record(record: StartRecord, folder: str | os.PathLike[str]) -> None:
@@ -161,12 +171,6 @@ def _parse_record(path: Path) -> StartRecord:
             f"{problem}: anchored={content['anchored']!r} contradicts init={content['init']!r}. {way_out}"
         )
     return StartRecord(**content, initialised=True)
-
-
-def adapter_folder(folder: str | os.PathLike[str], model: PeftModel) -> Path:
-    """Return where PEFT keeps the active adapter of a model that was saved to `folder`."""
-    adapter = active_adapter(model)
-    return Path(folder) if adapter == "default" else Path(folder) / adapter
 
 
 def require_record(place: Path, expected: StartRecord) -> StartRecord:

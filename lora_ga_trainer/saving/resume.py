@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from ..adapters.find import find_lora_layers, require_peft_model
+from ..adapters.find import find_lora_layers
+from ..adapters.host import require_adapter
 from ..engines.support import require_resumable_engine
 from .fingerprint import fingerprint_base
 from .intact import newest_complete_checkpoint, require_complete
 from .json_file import short
-from .record import adapter_folder, record_of_model, require_record
+from .record import record_of_model, require_record
 
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def require_resumable(folder: str | os.PathLike[str], model: nn.Module) -> None:
 
     Args:
         folder: the checkpoint's folder.
-        model: a prepared `PeftModel`.
+        model: whose adapter is prepared.
 
     Raises:
         `ValueError`: naming the folder, what it holds and what was expected: another rank, another start, another
@@ -35,8 +36,7 @@ def require_resumable(folder: str | os.PathLike[str], model: nn.Module) -> None:
     expected = record_of_model(model)
     if expected is None or not Path(folder).is_dir():  # a missing folder is the Trainer's own error
         return
-    model = require_peft_model(model)
-    place = adapter_folder(folder, model)
+    place = require_adapter(model).place(folder)
     found = require_record(place, expected)
     base = fingerprint_base(model, find_lora_layers(model))
     for what, theirs, ours in (

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.stateless import _reparametrize_module
 
-from ..adapters.find import require_peft_model, saved_modules
+from ..adapters.find import saved_modules
 from ..config import LoRAGAConfig
 from ..engines.collectives import mean_over_processes, sum_over_processes
 from ..engines.parameters import read_parameter, write_parameters
@@ -39,7 +39,7 @@ def warm_up_heads(trainer: Trainer, config: LoRAGAConfig) -> None:
         `ValueError`: if the adapter has no `modules_to_save`.
     """
     model = probed_module(trainer)
-    heads = saved_modules(require_peft_model(trainer.accelerator.unwrap_model(trainer.model)))
+    heads = saved_modules(trainer.accelerator.unwrap_model(trainer.model))
     if not heads:
         raise ValueError(
             f"head_warmup_steps={config.head_warmup_steps}, but the adapter has no `modules_to_save` to train. Name "
@@ -59,7 +59,7 @@ def warm_up_heads(trainer: Trainer, config: LoRAGAConfig) -> None:
 @contextmanager
 def warm_heads(trainer: Trainer, config: LoRAGAConfig) -> Iterator[None]:
     """Warm the heads up, and give them their values back if anything inside raises. Collective."""
-    heads = saved_modules(require_peft_model(trainer.accelerator.unwrap_model(trainer.model)))
+    heads = saved_modules(trainer.accelerator.unwrap_model(trainer.model))
     parameters = [parameter for head in heads for parameter in head.parameters() if parameter.requires_grad]
     before = [read_parameter(parameter).clone() for parameter in parameters]
     try:

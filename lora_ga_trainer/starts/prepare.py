@@ -7,12 +7,13 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from torch import nn
 from transformers import Trainer
 
 from ..adapters.anchor import expand_adapter, halve_adapter
-from ..adapters.find import active_adapter, find_adapted_layers, find_lora_layers, is_trained, require_peft_model
+from ..adapters.find import find_adapted_layers, find_lora_layers, is_trained
+from ..adapters.host import AdapterHost, require_adapter
 from ..adapters.layer import AdaptedLayer
 from ..config import LoRAGAConfig
 from ..engines.support import require_supported
@@ -82,41 +83,39 @@ def prepare_adapter(model: nn.Module, config: LoRAGAConfig, optimizer: torch.opt
     An adapter that was prepared or initialised before is left alone, if it was for the same start.
 
     Args:
-        model: a `PeftModel`.
+        model: with an adapter of LoRA, whichever way it was added.
         config: with an `init` other than `"none"`.
         optimizer: an optimizer that exists already and would hold parameters that expanding replaces.
 
     Raises:
         `ValueError`: naming the adapter or layer, what is wrong and the way out.
     """
-    wrapped = require_peft_model(model)
-    adapter = active_adapter(wrapped)
-    find_adapted_layers(wrapped)  # refuses an adapter of which nothing is trained
+    host = require_adapter(model)
+    adapter = host.adapter
+    find_adapted_layers(model)  # refuses an adapter of which nothing is trained
     # What is frozen now may be trained later. The adapter is stored in one form, whoever trains it.
-    layers = find_lora_layers(wrapped)
-    peft_config = wrapped.peft_config[adapter]
-    record = record_of_model(wrapped)
+    layers = find_lora_layers(model)
+    record = record_of_model(model)
     if record is not None:
         _require_same_start(adapter, record, config)
         return
-    _require_plain_start(adapter, peft_config, layers)
+    _require_plain_start(adapter, host.config, layers)
     _require_plain_step(adapter, layers)
     if optimizer is not None and INITS[config.init].anchored:
         raise ValueError(
             "An optimizer exists already; it would keep training parameters that an anchored adapter replaces. Pass "
             "`optimizer_cls_and_kwargs=` instead of `optimizers=`, or make the trainer before the optimizer."
         )
-    _disown_config(wrapped, adapter, layers)
-    peft_config = wrapped.peft_config[adapter]
+    _disown_config(model, host, layers)
     record = StartRecord(
         init=config.init,
-        rank=peft_config.r,
+        rank=host.config.r,
         anchored=INITS[config.init].anchored,
-        base=fingerprint_base(wrapped, layers),
+        base=fingerprint_base(model, layers),
     )
-    wrapped.peft_config[adapter] = attach_record(peft_config, record, wrapped)
+    host.replace_config(attach_record(host.config, record, host))
     if record.anchored:
-        expand_adapter(wrapped, layers)
+        expand_adapter(model, layers)
         net_decay = config.optimizer.entry.decays_net_update
         logger.info(
             "Adapter %r is anchored: rank %d is stored as %d, `lora_alpha` is scaled to keep s, and weight decay %s.",
@@ -127,22 +126,22 @@ def prepare_adapter(model: nn.Module, config: LoRAGAConfig, optimizer: torch.opt
         )
 
 
-def _disown_config(model: PeftModel, adapter: str, layers: list[AdaptedLayer]) -> None:
+def _disown_config(model: nn.Module, host: AdapterHost, layers: list[AdaptedLayer]) -> None:
     """
     Give an adapter that was made with the config of another one a config of its own.
 
     `model.add_adapter(name, model.peft_config[other])` makes the two share one object. The config of an anchored
     adapter says rank 2r, so PEFT has made the new one that large. Its user means rank r.
     """
-    shared = model.peft_config[adapter]
+    shared = host.config
     if not isinstance(shared, RecordedLoraConfig) or shared.record is None:
         return
-    model.peft_config[adapter] = copy.deepcopy(plain_config(shared))
+    host.replace_config(copy.deepcopy(plain_config(shared)))
     if shared.record.anchored:
         halve_adapter(model, layers)
         logger.info(
             "Adapter %r was made from the config of adapter %r, which stores rank %d as %d: it has rank %d, too.",
-            adapter,
+            host.adapter,
             shared.adapter,
             shared.record.rank,
             2 * shared.record.rank,

@@ -51,8 +51,9 @@ class Store:
         found = _read(self._path)
         for name in sorted(found.keys() | self.settings.keys()):
             if found.get(name) != self.settings.get(name):
+                shown = name if name in self.settings else shorten(name)  # anything may stand in the file
                 raise ValueError(
-                    f"{self._path}: the comparison there was made with {shorten(name)}={shorten(found.get(name))}, "
+                    f"{self._path}: the comparison there was made with {shown}={shorten(found.get(name))}, "
                     f"this one has {shorten(self.settings.get(name))}. Name another --output_dir, or delete that "
                     "folder."
                 )

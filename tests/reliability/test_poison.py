@@ -146,7 +146,11 @@ def test_labels_that_are_all_ignored_are_an_error_and_one_such_batch_is_none(tmp
     some = rows(poisoned=None)
     for row in some[:4]:  # the whole first micro-batch, and all that is seen before the first turning points
         row["labels"] = torch.full_like(row["labels"], -100)
-    trainer = make(tmp_path / "some", train_dataset=some, lora_ga_config=LoRAGAConfig(num_samples=16, sketch_size=4))
+    trainer = make(
+        tmp_path / "some",
+        train_dataset=some,
+        lora_ga_config=LoRAGAConfig(num_samples=16, sketch_size=4, probe_order="train"),
+    )
     trainer.train()
     report = trainer.lora_ga_report
     assert any(layer.sketched for layer in report.layers)
