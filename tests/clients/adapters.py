@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 from transformers import Trainer
 
@@ -39,9 +39,9 @@ def classifier(folder: Path) -> dict[str, Any]:
 
 
 def native(folder: Path) -> dict[str, Any]:
-    """An adapter by transformers' own method."""
-    model = llama()
-    model.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]))
+    """An adapter without a wrapper, as `model.add_adapter` of transformers makes it."""
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+    model = inject_adapter_in_model(config, llama())
     return {"model": model, "args": arguments(folder), "train_dataset": causal()}
 
 
@@ -85,10 +85,11 @@ ADAPTERS = [
     with_adapter("LoRA with dropout", lora_dropout=0.1, same_loss=False),
     with_adapter("Ranks and alphas by pattern", rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 3}),
     with_adapter("Biases trained, too", bias="lora_only"),
+    with_adapter("An embedding adapted, too", target_modules=["q_proj", "embed_tokens"], refused="Embedding"),
     with_adapter("Two layers only", layers_to_transform=[1], target_modules=["q_proj", "v_proj"]),
     Client("A head in `modules_to_save`", classifier),
     Client("A second adapter beside another", second),
-    Client("`model.add_adapter` of transformers", native),
+    Client("An adapter without a wrapper (`inject_adapter_in_model`)", native),
     Client("A `PeftModel` inside a module of one's own", inside),
 ]
 OPTIMIZERS = [
