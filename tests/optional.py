@@ -26,4 +26,4 @@ def require(name: str) -> ModuleType:
             raise RuntimeError(
                 f"{name} is not installed, and CI is set: a test that needs it may not skip."
             ) from error
-        pytest.skip(f"{name} is not installed: pip install -e '.[test]'")
+        pytest.skip(f"{name} is not installed: pip install -e '.[test]'", allow_module_level=True)
