@@ -146,7 +146,7 @@ def fingerprint_of_mapped(path: Path, shape: tuple[int, int], transposed: bool) 
     weight = torch.from_file(str(path), shared=True, size=shape[0] * shape[1], dtype=torch.bfloat16).view(shape)
     stored = weight.T if transposed else weight
     layer = SimpleNamespace(name="layer", stored_weight=lambda: [stored])
-    model = SimpleNamespace(get_base_model=lambda: SimpleNamespace(config=None))
+    model = tiny.with_lora(nn.Sequential(nn.Linear(2, 2)), target_modules=["0"])  # its base has no config
     assert resident_bytes(weight) == 0
     return fingerprint_base(model, [layer]), resident_bytes(weight)
 
