@@ -1,4 +1,4 @@
-"""What a reader meets first: docstrings as pydoc shows them, and the files that the README and the docs name."""
+"""Check what a reader meets first: docstrings as pydoc shows them, and the files that the README and the docs name."""
 
 from __future__ import annotations
 

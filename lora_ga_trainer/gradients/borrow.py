@@ -1,4 +1,4 @@
-"""What the probe borrows from a training run, given back to the bit even after an exception."""
+"""Lend a training run to the probe, and give everything back to the bit, even after an exception."""
 
 from __future__ import annotations
 

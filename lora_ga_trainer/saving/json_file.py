@@ -68,7 +68,7 @@ def parse_json(text: str | bytes, constants: bool = False) -> Any:
 
 
 def is_number(value: Any) -> bool:
-    """Tell whether `value` is a number that a float or an int64 can hold; `True` and `False` are none."""
+    """Tell whether `value` is a number that a float or an int64 can hold; `True` and `False` are not."""
     return type(value) is float or (type(value) is int and -(2**63) <= value < 2**63)
 
 

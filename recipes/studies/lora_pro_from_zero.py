@@ -1,5 +1,5 @@
 """
-What LoRA-Pro does to plain LoRA's start, where `B = 0`.
+Train with LoRA-Pro from plain LoRA's start, where `B = 0`.
 
     python recipes/studies/lora_pro_from_zero.py
 

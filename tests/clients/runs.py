@@ -1,4 +1,4 @@
-"""What is looked at in a client: real trainings, plain and with a start."""
+"""Run a client plainly and with a start, and compare the trainings."""
 
 from __future__ import annotations
 
