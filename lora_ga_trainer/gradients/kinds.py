@@ -26,39 +26,28 @@ from transformers.trainer_callback import CallbackHandler
 ATOMS = (type(None), bool, int, float, complex, str, bytes, range, slice, torch.dtype, torch.device)
 # What a training run is made of. `borrow` gives back what it changes of these.
 CLOSED = (
-    *(type, types.ModuleType, types.CodeType, nn.Parameter, logging.Logger),
-    *(Trainer, TrainerCallback, CallbackHandler, TrainingArguments, PreTrainedTokenizerBase),
-    *(Accelerator, AcceleratorState, GradientState, PartialState),
-    *(torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler),
-    *(threading.Thread, multiprocessing.process.BaseProcess, concurrent.futures.Executor),
-)
+    type, types.ModuleType, types.CodeType, nn.Parameter, logging.Logger, Trainer, TrainerCallback, CallbackHandler,
+    TrainingArguments, PreTrainedTokenizerBase, Accelerator, AcceleratorState, GradientState, PartialState,
+    torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, threading.Thread,
+    multiprocessing.process.BaseProcess, concurrent.futures.Executor,
+)  # fmt: skip
 # They hand over once what another thread, process or machine sends.
 SENT = (
-    *(queue.Queue, queue.SimpleQueue, multiprocessing.queues.Queue, multiprocessing.queues.SimpleQueue),
-    *(multiprocessing.connection._ConnectionBase, socket.socket),
-)
+    queue.Queue, queue.SimpleQueue, multiprocessing.queues.Queue, multiprocessing.queues.SimpleQueue,
+    multiprocessing.connection._ConnectionBase, socket.socket,
+)  # fmt: skip
 CALLABLES = (types.FunctionType, types.MethodType, functools.partial, property, staticmethod, classmethod)
 # Objects of these packages stand for memory, processes and connections that only they know how to handle.
 _ENGINES = (
-    *("accelerate.hooks", "accelerate.utils", "aqlm.", "auto_gptq.", "awq.", "bitsandbytes.", "compressed_tensors."),
-    *(
-        "deepspeed.",
-        "eetq.",
-        "fbgemm_gpu.",
-        "gptqmodel.",
-        "hqq.",
-        "mlflow.",
-        "optimum.",
-        "torch._",
-        "torch.distributed.",
-    ),
-    *("torch.nn.parallel.", "torchao.", "trackio.", "transformer_engine.", "vllm.", "wandb."),
-)
+    "accelerate.hooks", "accelerate.utils", "aqlm.", "auto_gptq.", "awq.", "bitsandbytes.", "compressed_tensors.",
+    "deepspeed.", "eetq.", "fbgemm_gpu.", "gptqmodel.", "hqq.", "mlflow.", "optimum.", "torch._",
+    "torch.distributed.", "torch.nn.parallel.", "torchao.", "trackio.", "transformer_engine.", "vllm.", "wandb.",
+)  # fmt: skip
 # The code of these packages keeps no state of a user's. Objects of their classes may.
 _KNOWN = sys.stdlib_module_names | {
-    *("accelerate", "datasets", "lora_ga_trainer", "numpy", "pandas", "peft", "pyarrow", "pytest", "_pytest"),
-    *("tokenizers", "torch", "tqdm", "transformers"),
-}
+    "accelerate", "datasets", "lora_ga_trainer", "numpy", "pandas", "peft", "pyarrow", "pytest", "_pytest",
+    "tokenizers", "torch", "tqdm", "transformers",
+}  # fmt: skip
 
 
 def is_of_engine(code: Any) -> bool:
