@@ -178,7 +178,8 @@ def test_the_gradients_are_those_of_lora_ga() -> None:
     assert not layer.lora_B.weight.grad[:, 2:].any()
 
 
-def test_equals_lora_ga_on_a_changed_base_for_100_adamw_steps_in_fp64() -> None:
+def started_layer() -> tuple[Tensor, Tensor, Tensor, nn.Module, Any]:
+    """Return `W (7, 9)`, a start `B0 (7, 3)`, `A0 (3, 9)`, the model of one layer that has it, and the layer; fp64."""
     torch.manual_seed(0)
     W = torch.randn(7, 9, dtype=torch.float64)
     base = nn.Sequential(nn.Linear(9, 7, bias=False, dtype=torch.float64))
@@ -189,6 +190,11 @@ def test_equals_lora_ga_on_a_changed_base_for_100_adamw_steps_in_fp64() -> None:
     (layer,) = find_adapted_layers(model)
     B0, A0 = torch.randn(7, 3, dtype=torch.float64), torch.randn(3, 9, dtype=torch.float64)
     tiny.write_start(layer, B0, A0)
+    return W, B0, A0, model, layer
+
+
+def test_equals_lora_ga_on_a_changed_base_for_100_adamw_steps_in_fp64() -> None:
+    W, B0, A0, model, layer = started_layer()
     x, y = torch.randn(20, 9, dtype=torch.float64), torch.randn(20, 7, dtype=torch.float64)
     loss = lambda weight: (x @ weight.T - y).square().mean()
     optimizer = torch.optim.AdamW([layer.lora_A.weight, layer.lora_B.weight], lr=1e-2, weight_decay=0.0)
@@ -217,16 +223,7 @@ def test_a_hundred_steps_of_any_elementwise_optimizer_are_those_on_a_changed_bas
     kind: Any, settings: dict[str, Any]
 ) -> None:
     """The base becomes `W - s B0 A0` and plain factors start at `(B0, A0)`, in fp64."""
-    torch.manual_seed(0)
-    W = torch.randn(7, 9, dtype=torch.float64)
-    base = nn.Sequential(nn.Linear(9, 7, bias=False, dtype=torch.float64))
-    with torch.no_grad():
-        base[0].weight.copy_(W)
-    model = tiny.with_lora(base, target_modules=["0"], r=3, lora_alpha=6).double()
-    prepare_adapter(model, LoRAGAConfig())
-    (layer,) = find_adapted_layers(model)
-    B0, A0 = torch.randn(7, 3, dtype=torch.float64), torch.randn(3, 9, dtype=torch.float64)
-    tiny.write_start(layer, B0, A0)
+    W, B0, A0, model, layer = started_layer()
     x, y = torch.randn(20, 9, dtype=torch.float64), torch.randn(20, 7, dtype=torch.float64)
     changed, A, B = W - layer.s * B0 @ A0, nn.Parameter(A0.clone()), nn.Parameter(B0.clone())
     ours, theirs = kind([layer.lora_A.weight, layer.lora_B.weight], **settings), kind([A, B], **settings)
