@@ -219,7 +219,7 @@ def test_a_model_without_modules_to_save_has_none(model):
 
 
 def test_the_projections_of_torchs_own_attention_are_refused_by_name() -> None:
-    """PEFT adapts its fused `in_proj_weight`, which no forward pass of a layer uses."""
-    model = tiny.with_lora(nn.Sequential(nn.MultiheadAttention(16, 2)), target_modules=["0"])
+    """PEFT adapts its fused `in_proj_weight`, which is no layer of its own."""
+    model = tiny.with_lora(torch.nn.Sequential(torch.nn.MultiheadAttention(16, 2)), target_modules=["0"])
     with pytest.raises(ValueError, match=r"Layer 0: .*MultiheadAttention, which gets no start.*target_modules"):
         find_adapted_layers(model)
