@@ -32,7 +32,7 @@ Words, one for each thing:
 from .adapters.find import find_adapted_layers
 from .adapters.layer import AdaptedLayer
 from .adapters.storage import anchored_parameter_names
-from .callback import LoRAGACallback
+from .callback import LoRAGACallback, find_learning_rate
 from .config import LoRAGAConfig
 from .gradients.estimate import GradientEstimate
 from .gradients.probe import estimate_gradients
@@ -43,6 +43,7 @@ from .optimizers.adamw import LoRAProAdamW
 from .optimizers.builders import BuildRequest
 from .optimizers.registry import OPTIMIZERS, OptimizerEntry
 from .optimizers.wrapper import LoRAProOptimizer
+from .rates.report import RateReport
 from .saving.export import export_adapter
 from .saving.intact import newest_complete_checkpoint
 from .saving.load import load_adapter
@@ -69,12 +70,14 @@ __all__ = [
     "LoRAProAdamW",
     "LoRAProOptimizer",
     "OptimizerEntry",
+    "RateReport",
     "Seq2SeqLoRAGATrainer",
     "anchored_parameter_names",
     "correct_gradients",
     "estimate_gradients",
     "export_adapter",
     "find_adapted_layers",
+    "find_learning_rate",
     "load_adapter",
     "lora_ga_factors",
     "lora_one_factors",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -14,9 +15,13 @@ from transformers import Trainer, TrainerCallback
 
 from .adapters.find import find_adapted_layers, find_lora_layers
 from .config import LoRAGAConfig
+from .gradients.borrow import attribute
 from .optimizers.engine_step import EngineStep, install_engine_step
 from .optimizers.weight_decay import require_sound_optimizer
 from .patches import patch_trainer
+from .rates.apply import require_rate_can_be_found
+from .rates.find import RateChoice
+from .rates.report import RateReport
 from .saving.record import StartRecord, record_of_model, write_record
 from .starts.head_warmup import warm_heads, warm_up_heads
 from .starts.prepare import only_evaluates, prepare_trainer, require_config
@@ -60,6 +65,7 @@ class LoRAGACallback(TrainerCallback):
 
     Attributes:
         report (`GradientReport` or `None`): of the initialisation, after it ran.
+        rate (`RateChoice`): its `report` says which learning rate was found, if the config asked for one.
         engine_step (`EngineStep` or `None`): what clips and corrects where the engine steps by itself.
         start_seconds (`float`): what the start took in the `train()` that runs or ran last; 0 without one.
 
@@ -76,10 +82,12 @@ class LoRAGACallback(TrainerCallback):
         self.report: GradientReport | None = None
         self.engine_step: EngineStep | None = None
         self.start_seconds = 0.0
+        self.only_finds_rate = False
         self._warm_model: Callable[[], nn.Module | None] = lambda: None
         overrides = getattr(trainer, "overrides_trainer_methods", False)
         if not overrides:
             _require_no_optimizer(self.config)
+        self.rate = RateChoice(trainer, self.config, probe_dataset)
         self._evaluates = only_evaluates(trainer, probe_dataset)
         if self.config.init != "none" and not self._evaluates:
             prepare_trainer(trainer, self.config, probe_dataset)
@@ -97,7 +105,16 @@ class LoRAGACallback(TrainerCallback):
                 with self._timed():
                     warm_up_heads(trainer, self.config)
             self._warm_model = weakref.ref(model)
-            return
+        else:
+            self._begin(args, state, model)
+        if self.only_finds_rate:
+            raise _Found(self.rate.search())
+        with self._timed():
+            self.rate.begin(model)
+
+    def _begin(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
+        """Give the adapter its start, unless it has one."""
+        trainer = self.trainer
         record = self._require_prepared(model)
         require_sound_optimizer(trainer, model)
         if state.global_step == 0 and not record.initialised:
@@ -113,7 +130,7 @@ class LoRAGACallback(TrainerCallback):
     def _timed(self) -> Iterator[None]:
         begin = time.perf_counter()
         yield
-        self.start_seconds = time.perf_counter() - begin
+        self.start_seconds += time.perf_counter() - begin
 
     def _start(self, model: nn.Module, record: StartRecord) -> None:
         layers = find_adapted_layers(model)
@@ -124,7 +141,8 @@ class LoRAGACallback(TrainerCallback):
         # Before anything is logged: where a tracker raises, the next `train()` goes on from this start.
         record.initialised = True
         self._warm_model = weakref.ref(model)
-        publish(self.trainer, self.report)
+        started = any(not layer.action.is_plain for layer in self.report.layers)
+        publish(self.trainer, self.report, level=logging.INFO if started else logging.WARNING)
 
     def _is_cold(self, model: nn.Module) -> bool:
         """Tell whether the heads of a model are to be trained first and were not yet."""
@@ -143,6 +161,51 @@ class LoRAGACallback(TrainerCallback):
                 "`model_init`?). Use LoRAGAMixin or LoRAGATrainer, which prepare every new model."
             )
         return record
+
+
+class _Found(Exception):
+    """Leaves `train()` before its first step."""
+
+    def __init__(self, report: RateReport) -> None:
+        super().__init__()
+        self.report = report
+
+
+def find_learning_rate(trainer: Trainer) -> RateReport:
+    """
+    Find a learning rate for a trainer without training: what `LoRAGAConfig(learning_rate="auto")` would train with.
+
+        report = find_learning_rate(trainer)
+        trainer.args.learning_rate = report.learning_rate
+        trainer.train()
+
+    Training is begun as far as its first step: the adapter is given its start, unless it has one, and the callbacks'
+    `on_train_begin` run. Then everything but the start is what it was. Source: the step that the loss bears, after
+    arXiv 2601.16979; how good the rate is was measured, see docs/rates.md.
+
+    Args:
+        trainer: a [`LoRAGATrainer`], or one with [`LoRAGAMixin`] or [`LoRAGACallback`].
+
+    Raises:
+        `ValueError`: if the trainer has none of these, or if its loss can't tell a rate.
+    """
+    callbacks = trainer.callback_handler.callbacks
+    callback = next((found for found in callbacks if isinstance(found, LoRAGACallback)), None)
+    if callback is None:
+        raise ValueError(
+            f"find_learning_rate: the {type(trainer).__name__} has no LoRAGACallback. Use LoRAGATrainer, or add the "
+            "callback with LoRAGAConfig(init='none') for a plain start."
+        )
+    require_rate_can_be_found(trainer)
+    optimizer, scheduler = trainer.optimizer, trainer.lr_scheduler
+    with attribute(callback, "only_finds_rate", True):
+        try:
+            trainer.train()
+        except _Found as found:
+            return found.report
+        finally:
+            trainer.optimizer, trainer.lr_scheduler, trainer.is_in_train = optimizer, scheduler, False
+    raise AssertionError("unreachable")
 
 
 def _require_no_optimizer(config: LoRAGAConfig) -> None:

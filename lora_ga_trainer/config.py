@@ -91,6 +91,8 @@ class LoRAGAConfig:
         sketch_size: Columns k of the sketch, at least as many as the init uses directions: 2r for LoRA-GA, r for
             LoRA-One. Default: 4 times as many, at the largest rank;
             lora_ga_trainer.gradients.sketch says what each size keeps.
+        learning_rate: None: that of the training arguments. 'auto': one that is found when training begins, from the
+            loss along the optimizer's first updates; it replaces that of the training arguments.
         correction: How the optimizer corrects the adapter's gradients (LoRA-Pro, arXiv 2407.18242). 'lora_pro': the
             optimizer of the training arguments, whichever it is, steps with corrected gradients. 'lora_pro_adamw':
             AdamW on the equivalent gradient of the full weight; it keeps two buffers of the size of every adapted
@@ -126,6 +128,7 @@ class LoRAGAConfig:
     gamma: float | None = None
     estimator: str = "sketch"
     sketch_size: int | None = None
+    learning_rate: str | None = None
     correction: str = "none"
     lora_pro_state_dtype: str = "float32"
     lora_pro_offload_state: bool = False
@@ -172,6 +175,11 @@ class LoRAGAConfig:
         for name in ("allow_unreached", "lora_pro_offload_state"):
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"LoRAGAConfig: {name}={getattr(self, name)!r} must be True or False.")
+        if self.learning_rate not in (None, "auto"):
+            raise ValueError(
+                f"LoRAGAConfig: learning_rate={self.learning_rate!r} must be 'auto' or None. A number belongs into "
+                "TrainingArguments."
+            )
         if not isinstance(self.probe_file, (str, type(None))):
             raise ValueError(f"LoRAGAConfig: probe_file={self.probe_file!r} must be a path as a string, or None.")
 

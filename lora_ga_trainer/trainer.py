@@ -18,6 +18,7 @@ from .engines.support import holds_whole_gradients
 from .optimizers.build import build_optimizer, require_buildable
 from .optimizers.weight_decay import without_anchored
 from .patches import is_of_transformers, log_without_start, put_first
+from .rates.report import RateReport
 from .saving.checkpoint import load_with_adapter, save_with_adapter
 from .saving.resume import checked_checkpoint
 from .starts.prepare import prepare_adapter, require_config
@@ -46,6 +47,7 @@ class LoRAGAMixin(_AnyTrainer):
 
     Attributes:
         lora_ga_report (`GradientReport` or `None`): of the initialisation, once `train()` has begun.
+        lora_ga_rate_report (`RateReport` or `None`): of the learning rate that was found, likewise.
     """
 
     overrides_trainer_methods = True  # tells LoRAGACallback that there is nothing to patch, and optimizers are built
@@ -75,6 +77,10 @@ class LoRAGAMixin(_AnyTrainer):
     @property
     def lora_ga_report(self) -> GradientReport | None:
         return self._lora_ga_callback.report
+
+    @property
+    def lora_ga_rate_report(self) -> RateReport | None:
+        return self._lora_ga_callback.rate.report
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Make a new model for a trial and prepare its adapter."""

@@ -152,6 +152,8 @@ def trained(engine: str, folder: Path, name: str, lora_ga: dict[str, Any], **cha
         "losses": [log["loss"] for log in trainer.state.log_history if "loss" in log],
         "loss_before": report.loss_before,
         "loss_after": report.loss_after,
+        "found rate": trainer.lora_ga_rate_report and trainer.lora_ga_rate_report.learning_rate,
+        "rates": [log["learning_rate"] for log in trainer.state.log_history if "learning_rate" in log],
         "bytes_sent": report.bytes_sent,
         "samples": report.samples,
         "items": report.items,
@@ -181,6 +183,10 @@ def main_part(engine: str, folder: Path) -> dict[str, Any]:
     file = {**SKETCH, "probe_file": str(folder / f"{engine}-sketch.safetensors")}
     for name in ("probing", "without a probe"):
         found[name] = run(name, file, dropout=0.1, max_steps=3)
+    for name, correction in (("rate", "none"), ("rate of lora_pro", "lora_pro")):
+        found[name] = run(
+            name, {**exact, "learning_rate": "auto", "correction": correction}, rows=rows, warmup_steps=1
+        )
     found["lora_pro"] = run("lora_pro", {"correction": "lora_pro", **exact}, rows=rows)
     if not engine.startswith("zero"):
         adamw = {"correction": "lora_pro_adamw", **exact}

@@ -139,6 +139,15 @@ def test_losses_are_those_of_one_process(engine: str, single: Any, ranks: Any) -
         assert run == "exact" or moved > 1e-3, "the correction must make a difference that this test would see"
 
 
+@pytest.mark.parametrize("run", ["rate", "rate of lora_pro"])
+def test_the_learning_rate_is_that_of_one_process(run: str, single: Any, ranks: Any) -> None:
+    ours, one = ranks[0][run], single[run]
+    # AdamW's first step is a sign, which rounding turns where the gradient is next to nothing.
+    assert ours["found rate"] == pytest.approx(one["found rate"], rel=0.02)
+    assert max(ours["rates"]) == ours["found rate"] == ranks[1][run]["found rate"]
+    assert ours["rates"][1:] == pytest.approx(one["rates"][1:], rel=0.02)
+
+
 def test_a_batch_with_repeats_counts_by_its_own_samples(folder: Path, engine: str, ranks: Any, single: Any) -> None:
     """
     11 samples in rounds of 4: `even_batches` gives the second process sample 0 again beside its own 10.

@@ -168,7 +168,7 @@ def test_without_matplotlib_trackers_get_the_figures_and_the_log_one_line(
         make(tmp_path, callbacks=[TensorBoardCallback(writer)]).train()
     assert (writer.pictures, "train/lora_ga/samples" in writer.scalars) == ([], True)
     (record,) = caplog.records
-    assert "no picture of it: GradientReport.plot draws with matplotlib: pip install matplotlib" in record.message
+    assert "no picture of them: GradientReport.plot draws with matplotlib: pip install matplotlib" in record.message
 
 
 @pytest.mark.parametrize("first", [True, False])

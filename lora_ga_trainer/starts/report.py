@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from ..saving.atomic import whole_file
+from ..saving.drawn_report import DrawnReport
 
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.axes import Axes
 
 
 class Action(str, Enum):
@@ -111,7 +107,7 @@ def report_experts(name: str, reports: Sequence[LayerReport]) -> LayerReport:
 
 
 @dataclass
-class GradientReport:
+class GradientReport(DrawnReport):
     """
     The initialisation of one adapter.
 
@@ -128,6 +124,8 @@ class GradientReport:
             was frozen when training began and has no start for that reason.
     """
 
+    picture_size = (9, 4.5)
+
     init: str
     samples: int
     items: float
@@ -141,7 +139,6 @@ class GradientReport:
     layers: list[LayerReport]
 
     def metrics(self) -> dict[str, float]:
-        """Return the figures that trackers get, under `lora_ga/...`."""
         started = [layer for layer in self.layers if not layer.action.is_plain]
         shares_2r = [layer.energy_share_2r for layer in started if layer.energy_share_2r is not None]
         figures: dict[str, Any] = {
@@ -165,7 +162,6 @@ class GradientReport:
         return {f"lora_ga/{name}": value for name, value in figures.items() if value is not None}
 
     def summary(self) -> str:
-        """Say in one line what happened."""
         m = self.metrics()
         plain = f", {m['lora_ga/layers_plain']} left plain" if m["lora_ga/layers_plain"] else ""
         if m.get("lora_ga/experts_plain"):
@@ -184,41 +180,8 @@ class GradientReport:
             f"({self.tokens} tokens) in {self.seconds:.1f} s with {self.probe_bytes / 2**20:.1f} MiB{share}{loss}"
         )
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the whole report as plain values."""
-        return asdict(self)
-
-    def to_json(self, path: str | os.PathLike[str]) -> None:
-        """Write the whole report to `path`, whole or not at all."""
-        # JSON has no NaN or infinity: they become null.
-        content = json.loads(json.dumps(self.to_dict()), parse_constant=lambda name: None)
-        with whole_file(path) as partial:
-            partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-
-    def plot(self, path: str | os.PathLike[str]) -> None:
-        """
-        Draw the energy share of the top r and 2r directions by layer and module kind, as a picture at `path`.
-
-        Raises:
-            `ImportError`: if matplotlib is not installed.
-        """
-        self._figure().savefig(path)
-
-    def picture(self) -> np.ndarray:  # (height, width, 3)
-        """Return what `plot` draws as bytes of red, green and blue; raises as it does."""
-        canvas: Any = self._figure().canvas
-        canvas.draw()
-        return np.asarray(canvas.buffer_rgba())[..., :3].copy()
-
-    def _figure(self) -> Figure:
-        try:
-            from matplotlib.backends.backend_agg import FigureCanvasAgg
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError("GradientReport.plot draws with matplotlib: pip install matplotlib.") from error
-        figure = Figure(figsize=(9, 4.5), dpi=120, layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.subplots()
+    def _draw(self, axes: Axes) -> None:
+        """Draw the energy share of the top r and 2r directions by layer and module kind."""
         seen = [layer for layer in self.layers if layer.action is not Action.FROZEN]
         used_2r = any(layer.energy_share_2r is not None for layer in seen)
         lines = "top 2r directions (solid), top r (dotted)" if used_2r else "top r directions"
@@ -234,7 +197,6 @@ class GradientReport:
             title=f"{self.init}: {lines}, {self.samples} samples",
         )
         axes.legend(fontsize="small", ncols=2)
-        return figure
 
 
 def _by_kind(layers: Sequence[LayerReport]) -> dict[str, list[LayerReport]]:
