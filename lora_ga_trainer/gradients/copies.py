@@ -12,7 +12,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.nn.utils.stateless import _reparametrize_module
 
-from ..engines.parameters import read_parameter
+from ..engines.parameters import is_partitioned, read_parameter
 
 
 # Modules that hold others and are never called.
@@ -95,7 +95,8 @@ def _find_hosts(model: nn.Module, wanted: set[int]) -> dict[nn.Module, dict[str,
     def visit(module: nn.Module, host: nn.Module, prefix: str) -> None:
         if not isinstance(module, _CONTAINERS):
             host, prefix = module, ""
-        reads = isinstance(module, _READERS)
+        # ZeRO-3 gathers parameters before the call of the very module that holds them, and takes no others there.
+        reads = isinstance(module, _READERS) and not any(map(is_partitioned, module.parameters()))
         for name, parameter in module.named_parameters(recurse=reads, remove_duplicate=False):
             if id(parameter) in wanted:
                 hosts.setdefault(host, {})[prefix + name] = parameter
