@@ -83,9 +83,19 @@ class AdaptedLayer:
         return not module.disable_adapters and not module.merged and self.adapter in module.active_adapters
 
     @property
-    def s(self) -> float:
-        """PEFT's `scaling`: the adapted weight is `W + s B A`."""
+    def key(self) -> str:
+        """What the names of its factors in an adapter's file begin with."""
+        return self.name
+
+    @property
+    def scaling(self) -> float:
+        """PEFT's `scaling`."""
         return self.module.scaling[self.adapter]
+
+    @property
+    def s(self) -> float:
+        """The adapted weight is `W + s B A`: PEFT's `scaling`, where PEFT adds the product once."""
+        return self.scaling
 
     @property
     def lora_A(self) -> nn.Linear:
@@ -196,17 +206,46 @@ class AdaptedLayer:
 
 
 @dataclass(frozen=True)
-class AdaptedExperts(AdaptedLayer):
+class AdaptedParameter(AdaptedLayer):
     """
-    The fused weights of all experts of a layer, or any other bare parameter of `target_parameters`.
+    A weight that is adapted itself: PEFT adds `s B A` to it, and a module computes with the sum in ways of its own.
 
-    PEFT adds `s B A` to the parameter itself, so the layer has no input and output of its own.
+    So the layer has no input and output, and its gradient is read where the sum is handed over.
     """
 
     has_inputs = False
 
+    @property
+    def parameter_name(self) -> str:
+        """The name of the weight inside `base`."""
+        raise NotImplementedError
+
+    @property
+    def weight(self) -> Tensor:
+        return getattr(self.base, self.parameter_name)
+
+    @property
+    def user(self) -> nn.Module:
+        """The module that computes with the weight."""
+        return self.base
+
     def anchored_kinds(self) -> tuple[type[AnchoredA], type[AnchoredB]]:
         return AnchoredExpertsA, AnchoredExpertsB
+
+    def by_expert(self, stored: Tensor) -> Tensor:  # as `weight` -> (E, out, in), a view
+        """Bring the weight, or a gradient of its shape, to the orientation of `G`."""
+        return stored[None]
+
+    def dense_weights(self) -> Tensor:  # (E, out, in)
+        return self.by_expert(read_parameter(self.weight))
+
+    def stored_weight(self) -> list[Tensor]:
+        return [read_parameter(self.weight)]
+
+
+@dataclass(frozen=True)
+class AdaptedExperts(AdaptedParameter):
+    """The fused weights of all experts of a layer, or any other bare parameter of `target_parameters`."""
 
     @property
     def weight(self) -> Tensor:
@@ -227,16 +266,9 @@ class AdaptedExperts(AdaptedLayer):
         return [f"{self.name}[{expert}]" for expert in range(self.experts)]
 
     def by_expert(self, stored: Tensor) -> Tensor:  # as `weight` -> (E, out, in), a view
-        """Bring the weight, or a gradient of its shape, to the orientation of `G`."""
         if stored.dim() == 2:
             return stored[None]
         return stored.mT if getattr(self.base, "is_transposed", False) else stored
-
-    def dense_weights(self) -> Tensor:  # (E, out, in)
-        return self.by_expert(read_parameter(self.weight))
-
-    def stored_weight(self) -> list[Tensor]:
-        return [read_parameter(self.weight)]
 
     def require_whole(self, copies: int) -> None:
         if self.is_anchored and copies > 1:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from transformers.training_args import OptimizerNames
 
 from ..adapters.find import find_adapted_layers
+from ..adapters.layer import AdaptedExperts
 from ..adapters.storage import anchored_parameter_names
 from .adamw import STATE_DTYPES, LoRAProAdamW
 from .wrapper import LoRAProOptimizer
@@ -101,7 +102,7 @@ def make_lora_plus(request: BuildRequest) -> Optimizer:
 def make_riemannian(request: BuildRequest) -> Optimizer:
     """Hand over to PEFT's Riemannian preconditioning (arXiv 2402.02347)."""
     optimizer_class, options, lr, decay = _plain_choice(request)
-    bare = [layer.name for layer in find_adapted_layers(request.model) if not layer.has_inputs]
+    bare = [layer.name for layer in find_adapted_layers(request.model) if isinstance(layer, AdaptedExperts)]
     if bare:
         raise ValueError(
             f"{request.setting}: {bare[0]} is a parameter of `target_parameters`, whose stored factors mix the ranks "
