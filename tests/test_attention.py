@@ -302,7 +302,7 @@ def test_a_sketch_is_that_of_the_dense_gradient(tmp_path: Any) -> None:
 
 
 def test_the_probe_leaves_no_trace(tmp_path: Any) -> None:
-    """Neither in a prepared model nor in one as PEFT made it, which a pass of its own would move."""
+    """Neither in a prepared model nor in one as PEFT made it, whose forward pass rounds the base."""
     for model in (with_lora(Block(), init_lora_weights=False), started(torch.float32)):
         kind = type(attention_of(model))
         trainer = in_order(rows(), tmp_path, model)
@@ -434,22 +434,24 @@ def test_whole_models_train_with_the_mixin_and_the_callback(make: Any, init: str
 def test_saved_adapters_load_here_and_in_plain_peft_and_merge(init: str, tmp_path: Any) -> None:
     model = trained(tmp_path / "run", lora_ga={"init": init}).model
     expected = evaluated(model)
+    # Where nothing is anchored PEFT computes, and has rounded the base meanwhile.
+    is_same = functools.partial(torch.testing.assert_close, rtol=0, atol=0.0 if init == "lora_ga" else 1e-6)
     assert not torch.allclose(expected, evaluated(Block()), atol=1e-4)
     model.save_pretrained(tmp_path / "saved")
     plain = PeftModel.from_pretrained(Block(), tmp_path / "saved")
     assert type(attention_of(plain)) is MultiheadAttention
-    assert torch.equal(evaluated(plain), expected)
+    is_same(evaluated(plain), expected)
     again = load_adapter(Block(), tmp_path / "saved")
-    assert torch.equal(evaluated(again), expected)
-    assert type(attention_of(again)) is Attention
+    is_same(evaluated(again), expected)
+    assert type(attention_of(again)) is (Attention if init == "lora_ga" else MultiheadAttention)
     assert all(layer.is_anchored == (init == "lora_ga") for layer in projections(again))
     errors = export_adapter(model, tmp_path / "exported", 4)
     assert set(errors) == {*NAMES, "embed", "total"}
     exported = PeftModel.from_pretrained(Block(), tmp_path / "exported")
     torch.testing.assert_close(evaluated(exported), expected, rtol=1e-5, atol=1e-5)
     with model.disable_adapter():
-        assert torch.equal(evaluated(model), evaluated(Block()))
-    assert torch.equal(evaluated(model), expected)
+        is_same(evaluated(model), evaluated(Block()))
+    is_same(evaluated(model), expected)
     model.merge_adapter()
     torch.testing.assert_close(evaluated(model), expected, rtol=1e-5, atol=1e-6)
     model.unmerge_adapter()
@@ -462,6 +464,7 @@ def test_saved_adapters_load_here_and_in_plain_peft_and_merge(init: str, tmp_pat
 
 @pytest.mark.parametrize("init", ["lora_ga", "lora_one"])
 def test_resuming_gives_the_same_run(init: str, tmp_path: Any) -> None:
+    """To the bit where the start is anchored. Else PEFT computes, and the base of the whole run has been rounded."""
     lora_ga = {"num_samples": 8, "estimator": "exact", "init": init}
     whole = trained(tmp_path, save_strategy="steps", save_steps=2, lora_ga=lora_ga).model
     again = LoRAGATrainer(
@@ -472,7 +475,8 @@ def test_resuming_gives_the_same_run(init: str, tmp_path: Any) -> None:
     )
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     for name, parameter in whole.named_parameters():
-        assert torch.equal(again.model.get_parameter(name), parameter), name
+        ours = again.model.get_parameter(name)
+        assert torch.equal(ours, parameter) if init == "lora_ga" else torch.allclose(ours, parameter, atol=1e-6), name
 
 
 def test_an_adapter_without_a_wrapper_starts_saves_and_loads(tmp_path: Any) -> None:
@@ -527,6 +531,12 @@ def test_lora_pro_is_right() -> None:
         dA, dB = (A[:r] - A_before) / -lr, (B[:, :r] + B[:, r:] - B_before) / -lr
         net = layer.s * (B_before @ dA + dB @ A_before)
         assert (net - expected[layer.name]).norm() < 1e-6 * net.norm(), layer.name
+
+
+@pytest.mark.parametrize("init", ["none", "lora_one"])
+def test_lora_pro_refuses_an_attention_that_peft_computes_in_a_trainer_too(init: str, tmp_path: Any) -> None:
+    with pytest.raises(ValueError, match=r"attention.*not a factor of a linear"):
+        trained(tmp_path, lora_ga={"init": init, "correction": "lora_pro"})
 
 
 def test_lora_pro_refuses_an_attention_that_peft_computes_by_name() -> None:

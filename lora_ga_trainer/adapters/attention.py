@@ -3,7 +3,8 @@ Torch's own attention with LoRA: the two projections of `nn.MultiheadAttention`.
 
 It computes with its weights in one function of torch and never calls a layer. So PEFT writes `W + s B A` into the
 module before each forward pass and subtracts `s B A` after it. [`Attention`] hands the sums over and leaves the
-weights alone.
+weights alone. Anchored adapters train in it, and the probe looks at all through it. A plain start leaves training to
+PEFT.
 """
 
 from __future__ import annotations
@@ -192,20 +193,19 @@ def _require_whole(layer: AdaptedParameter, copies: int) -> None:
         )
 
 
-def take_over_attention(layers: Sequence[AdaptedLayer]) -> list[MultiheadAttention]:
-    """Turn PEFT's attentions among `layers` into [`Attention`], and return those that were not yet."""
-    taken = []
+def take_over_attention(layers: Sequence[AdaptedLayer]) -> None:
+    """Turn PEFT's attentions among `layers` into [`Attention`]."""
     for layer in layers:
-        if isinstance(layer, AdaptedInProjection) and type(layer.module) is MultiheadAttention:
+        if isinstance(layer, AdaptedInProjection):
             layer.module.__class__ = Attention
-            taken.append(layer.module)
-    return taken
 
 
 @contextmanager
-def attention_taken_over(layers: Sequence[AdaptedLayer]) -> Iterator[None]:
-    """Turn PEFT's attentions among `layers` into [`Attention`] while the context is open."""
-    taken = take_over_attention(layers)
+def attention_kept_whole(model: nn.Module) -> Iterator[None]:
+    """Let no forward pass inside round the weights of PEFT's attentions: each is an [`Attention`] meanwhile."""
+    taken = [module for module in model.modules() if type(module) is MultiheadAttention]
+    for module in taken:
+        module.__class__ = Attention
     try:
         yield
     finally:

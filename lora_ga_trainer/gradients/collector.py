@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..adapters.attention import attention_taken_over
 from ..adapters.layer import AdaptedLayer, AdaptedParameter
 from ..config import LoRAGAConfig
 from ..engines.collectives import gather_integers, share_from_owners, sum_over_processes
@@ -78,7 +77,6 @@ class Collector:
         modules = {layer.name: layer.base for layer in linear}
         parameters = [(layer.user, layer.base, layer.parameter_name) for layer in bare]
         with (
-            attention_taken_over(self.layers),
             tapped(
                 modules,
                 lambda index, x, dy, own: self._collect(linear[index], x, dy, own),

@@ -11,7 +11,6 @@ from peft import PeftModel
 from torch import nn
 
 from ..adapters.anchor import tie_adapter
-from ..adapters.attention import take_over_attention
 from ..adapters.find import find_lora_layers
 from ..adapters.host import AdapterHost, find_hosts, require_adapter
 from .fingerprint import fingerprint_base
@@ -89,7 +88,6 @@ def _continue(model: nn.Module, record: StartRecord | None, folder: str | os.Pat
         )
     _require_rank(host, record, folder)
     host.replace_config(attach_record(host.config, record, host))
-    take_over_attention(layers)
     if record.anchored:
         tie_adapter(layers)
 

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import Trainer
 
 from ..adapters.anchor import expand_adapter, halve_adapter
-from ..adapters.attention import passed_by_in_eval, take_over_attention
+from ..adapters.attention import passed_by_in_eval
 from ..adapters.find import find_adapted_layers, find_lora_layers, is_trained
 from ..adapters.host import AdapterHost, require_adapter
 from ..adapters.layer import AdaptedLayer
@@ -115,8 +115,7 @@ def prepare_adapter(model: nn.Module, config: LoRAGAConfig, optimizer: torch.opt
         base=fingerprint_base(model, layers),
     )
     host.replace_config(attach_record(host.config, record, host))
-    take_over_attention(layers)
-    _name_passed_by(model)
+    _name_passed_by(host.base)
     if record.anchored:
         expand_adapter(model, layers)
         net_decay = config.optimizer.entry.decays_net_update
@@ -129,9 +128,9 @@ def prepare_adapter(model: nn.Module, config: LoRAGAConfig, optimizer: torch.opt
         )
 
 
-def _name_passed_by(model: nn.Module) -> None:
+def _name_passed_by(base: nn.Module) -> None:
     """Name in a warning the modules whose evaluation would be that of the base, with plain PEFT, too."""
-    names = passed_by_in_eval(model)
+    names = passed_by_in_eval(base)
     if names:
         logger.warning(
             "In eval mode torch computes nn.TransformerEncoderLayer in one fused call that reads its weights and "
