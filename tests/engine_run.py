@@ -304,6 +304,9 @@ def moments_part(engine: str, folder: Path) -> dict[str, Any]:
     return {"start": found["start"], "layers seen": len(seen), "processes": found["processes"]}
 
 
+KINDS = {"kinds": ["patches", "attention", "head"], "convolutions": ["patches", "head"]}
+
+
 class Picture(nn.Module):
     """Patches by a convolution, torch's own attention over them, and a classifier."""
 
@@ -319,7 +322,7 @@ class Picture(nn.Module):
         return {"loss": nn.functional.cross_entropy(self.head(h.mean(1)), labels)}
 
 
-def kinds_part(engine: str, folder: Path) -> dict[str, Any]:
+def kinds_part(engine: str, folder: Path, part: str) -> dict[str, Any]:
     """Train a model of layers that are not Linear, with whole gradients and with sketches."""
     generator = torch.Generator().manual_seed(3)
     rows = [{"x": torch.randn(8, 6, 6, generator=generator), "labels": i % 3} for i in range(40)]
@@ -329,11 +332,10 @@ def kinds_part(engine: str, folder: Path) -> dict[str, Any]:
         # AdamW would turn rounding into whole steps where a gradient is next to zero.
         settings = {"optim": "sgd", "learning_rate": 0.1, "max_steps": 5, "lr_scheduler_type": "constant"}
         settings |= {"per_device_train_batch_size": per_device}
-        args = tiny.arguments(folder / engine / f"kinds-{estimator}", **(settings | ENGINES[engine]))
+        args = tiny.arguments(folder / engine / f"{part}-{estimator}", **(settings | ENGINES[engine]))
         torch.manual_seed(11)
-        targets = ["patches", "attention", "head"]
-        model = get_peft_model(Picture(), LoraConfig(r=2, lora_alpha=4, target_modules=targets))
-        kept = folder / f"{engine}-kinds-{estimator}.safetensors"
+        model = get_peft_model(Picture(), LoraConfig(r=2, lora_alpha=4, target_modules=KINDS[part]))
+        kept = folder / f"{engine}-{part}-{estimator}.safetensors"
         config = LoRAGAConfig(num_samples=16, estimator=estimator, sketch_size=8, probe_file=str(kept))
         trainer = LoRAGATrainer(model, args, train_dataset=rows, lora_ga_config=config)
         trainer.train()
@@ -344,7 +346,7 @@ def kinds_part(engine: str, folder: Path) -> dict[str, Any]:
             "losses": [log["loss"] for log in trainer.state.log_history if "loss" in log],
             "sketched": [layer.name for layer in layers if layer.sketched],
             "energy": [layer.energy_share_r for layer in layers],
-            "base": {name: value for name, value in model.state_dict().items() if "lora_" not in name},
+            "base": {n: read_parameter(p) for n, p in model.named_parameters() if "lora_" not in n},
         }
     return found
 
@@ -352,7 +354,8 @@ def kinds_part(engine: str, folder: Path) -> dict[str, Any]:
 PARTS = {
     "bare": bare_part,
     "main": main_part,
-    "kinds": kinds_part,
+    "kinds": functools.partial(kinds_part, part="kinds"),
+    "convolutions": functools.partial(kinds_part, part="convolutions"),
     "moments": moments_part,
     "killed": killed_part,
     "resumed": resumed_part,
