@@ -218,6 +218,32 @@ def test_the_output_is_that_of_peft_to_the_bit(mode: str, dtype: torch.dtype) ->
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "call",
+    {
+        "weights": lambda module, x: module(x, x, x),
+        "weights of each head": lambda module, x: module(x, x, x, average_attn_weights=False),
+        "masked": lambda module, x: module(x, x, x, key_padding_mask=torch.arange(5).expand(len(x), 5) > 3),
+        "causal": lambda module, x: module(
+            x, x, x, need_weights=False, is_causal=True, attn_mask=torch.ones(5, 5, dtype=torch.bool).triu(1)
+        ),
+        "other keys": lambda module, x: module(x, x.flip(0), value=x.flip(1)),
+        "no batch": lambda module, x: module(x[0], x[0], x[0]),
+    }.values(),
+    ids=["weights", "weights of each head", "masked", "causal", "other keys", "no batch"],
+)
+def test_every_way_to_call_it_gives_what_peft_gives(call: Any, training: bool, grad: bool) -> None:
+    ours = started(torch.float32).train(training)
+    theirs = as_peft_computes(ours)
+    x = torch.randn(9, 5, 8, generator=torch.Generator().manual_seed(1))
+    with torch.set_grad_enabled(grad):
+        found, expected = call(attention_of(ours), x), call(attention_of(theirs), x)
+    assert torch.equal(found[0], expected[0])
+    assert found[1] is expected[1] or torch.equal(found[1], expected[1])
+
+
 def test_the_base_stays_to_the_bit_and_keeps_its_parameters() -> None:
     model = started(torch.bfloat16).train()
     before = dict(model.named_parameters())
@@ -535,7 +561,7 @@ def test_lora_pro_is_right() -> None:
 
 @pytest.mark.parametrize("init", ["none", "lora_one"])
 def test_lora_pro_refuses_an_attention_that_peft_computes_in_a_trainer_too(init: str, tmp_path: Any) -> None:
-    with pytest.raises(ValueError, match=r"attention.*not a factor of a linear"):
+    with pytest.raises(ValueError, match=r"attention.*not a factor of a linear.*init='lora_ga'"):
         trained(tmp_path, lora_ga={"init": init, "correction": "lora_pro"})
 
 
@@ -543,7 +569,7 @@ def test_lora_pro_refuses_an_attention_that_peft_computes_by_name() -> None:
     """Of `out_proj` PEFT gives the gradient of another output than its own."""
     model = with_lora(Block(), init_lora_weights=False)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    with pytest.raises(ValueError, match=r"LoRAProOptimizer: .*attention.*not a factor of a linear"):
+    with pytest.raises(ValueError, match=r"LoRAProOptimizer: .*attention.*not a factor of a linear.*init='lora_ga'"):
         LoRAProOptimizer(optimizer, model)
 
 
