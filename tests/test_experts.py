@@ -25,7 +25,7 @@ from lora_ga_trainer import (
     load_adapter,
 )
 from lora_ga_trainer.adapters.find import find_adapted_layers, is_trained
-from lora_ga_trainer.adapters.layer import AdaptedExperts
+from lora_ga_trainer.adapters.parameter import AdaptedExperts
 from lora_ga_trainer.adapters.storage import (
     AnchoredExpertsA,
     AnchoredExpertsB,

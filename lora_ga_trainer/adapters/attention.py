@@ -25,7 +25,8 @@ from torch.func import functional_call
 
 from ..engines.devices import preserved_rng
 from ..engines.parameters import is_sharded
-from .layer import AdaptedLayer, AdaptedParameter
+from .layer import AdaptedLayer
+from .parameter import AdaptedParameter
 from .storage import making_product
 
 

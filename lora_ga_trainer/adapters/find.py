@@ -17,7 +17,8 @@ from ..engines.parameters import plain_name
 from .attention import Attention, projections_of, require_plain_attention
 from .conv import AdaptedConv, require_plain_conv
 from .host import active_adapter, require_adapter
-from .layer import AdaptedExperts, AdaptedLayer, variant_of
+from .layer import AdaptedLayer, variant_of
+from .parameter import AdaptedExperts
 from .storage import split_A, split_B
 
 

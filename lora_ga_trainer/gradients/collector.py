@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..adapters.layer import AdaptedLayer, AdaptedParameter
+from ..adapters.layer import AdaptedLayer
+from ..adapters.parameter import AdaptedParameter
 from ..config import LoRAGAConfig
 from ..engines.collectives import gather_integers, share_from_owners, sum_over_processes
 from ..engines.support import probed_module

@@ -14,7 +14,7 @@ from transformers.training_args import OptimizerNames
 
 from ..adapters.conv import AdaptedConv
 from ..adapters.find import find_adapted_layers
-from ..adapters.layer import AdaptedExperts
+from ..adapters.parameter import AdaptedExperts
 from ..adapters.storage import anchored_parameter_names
 from .adamw import STATE_DTYPES, LoRAProAdamW
 from .wrapper import LoRAProOptimizer

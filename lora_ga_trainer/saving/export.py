@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..adapters.find import find_lora_layers
 from ..adapters.host import WEIGHTS_FILE, require_adapter
-from ..adapters.layer import AdaptedExperts, AdaptedLayer
+from ..adapters.layer import AdaptedLayer
+from ..adapters.parameter import AdaptedExperts
 from .record import plain_config
 
 

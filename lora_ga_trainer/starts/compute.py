@@ -10,7 +10,8 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from ..adapters.layer import AdaptedExperts, AdaptedLayer
+from ..adapters.layer import AdaptedLayer
+from ..adapters.parameter import AdaptedExperts
 from ..config import LoRAGAConfig
 from ..engines.collectives import share_from_owners
 from ..gradients.estimate import GradientEstimate
