@@ -22,7 +22,7 @@ import reference
 import tiny
 import torch
 import transformers
-from engine_run import KILLED, ROWS, SAVED, STEPS, bare_part, main_part, moments_part
+from engine_run import KILLED, PARTS, ROWS, SAVED, STEPS, Picture, bare_part, main_part, moments_part
 from optional import require
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -256,6 +256,40 @@ def test_second_moments_are_those_of_all_processes(folder: Path) -> None:
         assert torch.equal(both[0]["start"][name], both[1]["start"][name])
         gram = value.T @ value
         assert (both[0]["start"][name].T @ both[0]["start"][name] - gram).norm() <= 1e-4 * gram.norm(), name
+
+
+@pytest.mark.parametrize("kind", ["ddp", *ZERO])
+def test_convolutions_and_attention_start_and_train_as_on_one_process(kind: str, folder: Path) -> None:
+    """Under ZeRO-3 without the attention, which is refused there."""
+    part = "convolutions" if kind == "zero3" else "kinds"
+    ended = launch(kind, part, folder)
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    single = PARTS[part]("single", folder)
+    ours, other = (torch.load(folder / kind / f"{part}-{rank}.pt", weights_only=False) for rank in range(2))
+    layers = ["patches"] if kind == "zero3" else ["patches", "attention.in_proj_weight", "attention.out_proj"]
+    state, one = (load_file(folder / f"{name}-{part}-exact.safetensors") for name in (kind, "single"))
+    for name in (*layers, "head"):
+        G, found = one[f"{name}|G"].double(), state[f"{name}|G"].double()
+        assert (found - G).norm() <= 1e-6 * G.norm(), name
+    for estimator in ("exact", "sketch"):
+        assert ours[estimator]["processes"] == 2
+        assert ours[estimator]["sketched"] == ([] if estimator == "exact" else layers[:2])
+        assert ours[estimator]["losses"] == pytest.approx(single[estimator]["losses"], abs=1e-5)
+        assert ours[estimator]["energy"] == pytest.approx(single[estimator]["energy"], abs=1e-4)
+        for name, value in ours[estimator]["end"].items():
+            assert torch.equal(value, other[estimator]["end"][name]), name
+        base = {name.replace("base_layer.", ""): value for name, value in ours[estimator]["base"].items()}
+        for name, value in Picture().named_parameters():
+            assert torch.equal(base[f"base_model.model.{name}"], value), name
+
+
+@pytest.mark.slow
+def test_attention_whose_weights_are_spread_is_refused_by_name(folder: Path) -> None:
+    ended = launch("zero3", "kinds", folder)
+    assert ended.returncode != 0
+    assert re.search(
+        r"ValueError: attention\.in_proj_weight: this engine spreads the weight.*keeps it whole", ended.stderr
+    )
 
 
 REFUSALS = {

@@ -25,7 +25,7 @@ from lora_ga_trainer import (
     load_adapter,
 )
 from lora_ga_trainer.adapters.find import find_adapted_layers, is_trained
-from lora_ga_trainer.adapters.layer import AdaptedExperts
+from lora_ga_trainer.adapters.parameter import AdaptedExperts
 from lora_ga_trainer.adapters.storage import (
     AnchoredExpertsA,
     AnchoredExpertsB,
@@ -214,7 +214,7 @@ def test_the_dense_gradient_of_a_layer_is_freed_before_that_of_the_next(way: str
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     places = [
-        (layer.mlp.experts.get_base_layer(), name)
+        (layer.mlp.experts.get_base_layer(), layer.mlp.experts.get_base_layer(), name)
         for layer in model.get_base_model().model.layers
         for name in ("gate_up_proj", "down_proj")
     ]
@@ -229,7 +229,7 @@ def test_the_dense_gradient_of_a_layer_is_freed_before_that_of_the_next(way: str
         model(**stack(tiny.causal_rows(3))).loss.backward()
     assert [layer for layer, _ in seen] == [3, 3, 2, 2, 1, 1, 0, 0]
     assert all(storage() is None for _, storage in seen)
-    assert not any(module._forward_pre_hooks for module, _ in places)
+    assert not any(module._forward_pre_hooks for module, _, _ in places)
 
 
 def test_sketches_are_products_with_the_gradient_of_each_expert(tmp_path: Any) -> None:

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_ga_trainer import INITS, Init, LoRAGAConfig, LoRAGATrainer, estimate_gradients
 from lora_ga_trainer.adapters.find import find_adapted_layers
-from lora_ga_trainer.adapters.layer import AdaptedExperts
+from lora_ga_trainer.adapters.parameter import AdaptedExperts
 from lora_ga_trainer.gradients.tap import _Use, tapped
 
 

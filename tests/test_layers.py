@@ -218,8 +218,20 @@ def test_a_model_without_modules_to_save_has_none(model):
     assert saved_modules(model) == []
 
 
-def test_the_projections_of_torchs_own_attention_are_refused_by_name() -> None:
-    """PEFT adapts its fused `in_proj_weight`, which is no layer of its own."""
-    model = tiny.with_lora(torch.nn.Sequential(torch.nn.MultiheadAttention(16, 2)), target_modules=["0"])
-    with pytest.raises(ValueError, match=r"Layer 0: .*MultiheadAttention, which gets no start.*target_modules"):
+def test_torchs_own_attention_is_two_layers() -> None:
+    """PEFT adapts its fused `in_proj_weight` and its `out_proj`, neither of which is ever called."""
+    base = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.MultiheadAttention(16, 2))
+    weights = {"1.in_proj_weight": base[1].in_proj_weight.detach(), "1.out_proj": base[1].out_proj.weight.detach()}
+    model = tiny.with_lora(base, target_modules=["0", "1"])
+    layers = find_adapted_layers(model)
+    assert [layer.name for layer in layers] == ["0", *weights]
+    assert [layer.shape for layer in layers] == [(16, 16), (48, 16), (16, 16)]
+    for layer in layers[1:]:
+        assert torch.equal(layer.dense_weights()[0], weights[layer.name])
+        assert torch.equal(layer.stored_weight()[0], weights[layer.name])
+    names = dict(model.named_parameters())
+    for layer in layers:
+        assert names[f"base_model.model.{layer.key}.lora_A.default.weight"] is layer.stored_A
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"merged.*unmerge_adapter"):
         find_adapted_layers(model)

@@ -24,6 +24,7 @@ from peft import LoraConfig
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
+from .attention import take_over_attention
 from .host import require_adapter
 from .layer import AdaptedLayer
 from .storage import AnchoredParamWrapper, join_A, join_B, split_A, split_B
@@ -39,6 +40,7 @@ def expand_adapter(model: nn.Module, layers: list[AdaptedLayer]) -> None:
     """
     config = require_adapter(model).config
     grow_alpha = math.sqrt(2.0) if config.use_rslora else 2
+    take_over_attention(layers)
     for layer in layers:
         _expand_layer(layer, grow_alpha)
     _rescale_config(config, 2, grow_alpha)
@@ -102,6 +104,7 @@ def _rescale_layer(layer: AdaptedLayer, rank: int, alpha: float) -> None:
 
 def tie_adapter(layers: list[AdaptedLayer]) -> None:
     """Make loaded factors in delta form behave as such: halves tied, `B0` frozen. The parameters stay the same."""
+    take_over_attention(layers)
     for layer in layers:
         _anchor(layer, layer.stored_A, layer.stored_B)
 

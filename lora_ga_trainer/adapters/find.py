@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
@@ -12,9 +14,11 @@ from transformers.pytorch_utils import Conv1D
 
 from ..engines.devices import to_fp64
 from ..engines.parameters import plain_name
+from .attention import Attention, projections_of, require_plain_attention
 from .conv import AdaptedConv, require_plain_conv
 from .host import active_adapter, require_adapter
-from .layer import AdaptedExperts, AdaptedLayer, variant_of
+from .layer import AdaptedLayer, variant_of
+from .parameter import AdaptedExperts
 from .storage import split_A, split_B
 
 
@@ -56,19 +60,26 @@ def find_lora_layers(model: nn.Module) -> list[AdaptedLayer]:
     List the layers of the active adapter, trained or not, in the model's order.
 
     Raises:
-        `ValueError`: if a layer is not a linear one, a convolution or a bare parameter.
+        `ValueError`: if a layer is not a linear one, a convolution, an `nn.MultiheadAttention` or a bare parameter.
     """
     host = require_adapter(model)
     adapter = host.adapter
     layers: list[AdaptedLayer] = []
+    listed: set[int] = set()
     for name, module in host.base.named_modules():
-        if not isinstance(module, BaseTunerLayer) or not _carries(module, adapter):
+        if not isinstance(module, BaseTunerLayer) or not _carries(module, adapter) or id(module) in listed:
             continue
         name = plain_name(name)
         if isinstance(module, ParamWrapper):
             # Wrappers of one module are nested; the name is that of the parameter in the base model.
             owner = name.replace(".base_layer", "")
             layers.append(AdaptedExperts(f"{owner}.{module.parameter_name}", module, adapter))
+        elif isinstance(module, MultiheadAttention):
+            projections = projections_of(name, module, adapter)
+            for projection in projections:
+                require_plain_attention(projection)
+            layers += projections
+            listed.update(id(projection.module) for projection in projections)
         elif isinstance(module.get_base_layer(), (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             conv = AdaptedConv(name, module, adapter)
             require_plain_conv(name, conv.base, conv.uses_dora)
@@ -95,8 +106,9 @@ def _require_linear(name: str, module: BaseTunerLayer, adapter: str) -> None:
     if not linear:
         raise ValueError(
             f"Layer {name}: {type(module).__name__} adapts a {type(base).__name__}, which gets no start. Linear "
-            "layers (`nn.Linear` and the quantised layers derived from it), Conv1D layers and convolutions do. Leave "
-            "the others out of `target_modules`, load the base in another format, or use LoRAGAConfig(init='none')."
+            "layers (`nn.Linear` and the quantised layers derived from it), Conv1D layers, convolutions and "
+            "nn.MultiheadAttention do. Leave the others out of `target_modules`, load the base in another format, or "
+            "use LoRAGAConfig(init='none')."
         )
 
 
@@ -126,23 +138,34 @@ def find_lora_pairs(model: nn.Module) -> tuple[list[AdaptedLayer], dict[str, nn.
 
     Returns:
         The linear layers `A (r, in)`, `B (out, r)`, one entry a layer and adapter, and by name the LoRA parameters
-        that are in no such pair: those of embeddings, convolutions and fused experts.
+        that are in no such pair: those of embeddings, convolutions and fused experts, and of an attention that
+        PEFT computes without this package, whose gradients are not those of its output.
     """
-    pairs, paired = [], set()
+    pairs: list[AdaptedLayer] = []
+    paired: set[int] = set()
+    inside: set[int] = set()  # projections of an attention, listed with it
     others: dict[str, nn.Parameter] = {}
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer):
             continue
+        if isinstance(module, MultiheadAttention):
+            inside.add(id(module.base_layer.out_proj))
         for adapter in module.r:
-            pair = AdaptedLayer(name, module, adapter)
-            if _is_linear_pair(pair):
-                pairs.append(pair)
-                paired |= {id(pair.lora_A.weight), id(pair.lora_B.weight)}
+            for pair in _possible_pairs(name, module, adapter, inside):
+                if _is_linear_pair(pair):
+                    pairs.append(pair)
+                    paired |= {id(pair.lora_A.weight), id(pair.lora_B.weight)}
         for group in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"):
             for key, parameter in getattr(module, group).named_parameters():
                 if not key.endswith(".bias"):
                     others[f"{name}.{group}.{key}"] = parameter
     return pairs, {name: parameter for name, parameter in others.items() if id(parameter) not in paired}
+
+
+def _possible_pairs(name: str, module: LoraLayer, adapter: str, inside: set[int]) -> Sequence[AdaptedLayer]:
+    if isinstance(module, MultiheadAttention):
+        return projections_of(name, module, adapter) if isinstance(module, Attention) else []
+    return [] if id(module) in inside else [AdaptedLayer(name, module, adapter)]
 
 
 def _is_linear_pair(pair: AdaptedLayer) -> bool:

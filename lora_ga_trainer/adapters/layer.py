@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.pytorch_utils import Conv1D
 
-from ..engines.parameters import is_sharded, read_parameter
-from .storage import AnchoredA, AnchoredB, AnchoredExpertsA, AnchoredExpertsB, AnchoredLinearA, AnchoredLinearB
+from ..engines.parameters import read_parameter
+from .storage import AnchoredA, AnchoredB, AnchoredLinearA, AnchoredLinearB
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,19 @@ class AdaptedLayer:
         return not module.disable_adapters and not module.merged and self.adapter in module.active_adapters
 
     @property
-    def s(self) -> float:
-        """PEFT's `scaling`: the adapted weight is `W + s B A`."""
+    def key(self) -> str:
+        """What the names of its factors in an adapter's file begin with."""
+        return self.name
+
+    @property
+    def scaling(self) -> float:
+        """PEFT's `scaling`."""
         return self.module.scaling[self.adapter]
+
+    @property
+    def s(self) -> float:
+        """The adapted weight is `W + s B A`: PEFT's `scaling`, where PEFT adds the product once."""
+        return self.scaling
 
     @property
     def lora_A(self) -> nn.Linear:
@@ -193,63 +203,6 @@ class AdaptedLayer:
     @property
     def dora_parameter(self) -> nn.Parameter:
         return self.module.lora_magnitude_vector[self.adapter].weight
-
-
-@dataclass(frozen=True)
-class AdaptedExperts(AdaptedLayer):
-    """
-    The fused weights of all experts of a layer, or any other bare parameter of `target_parameters`.
-
-    PEFT adds `s B A` to the parameter itself, so the layer has no input and output of its own.
-    """
-
-    has_inputs = False
-
-    def anchored_kinds(self) -> tuple[type[AnchoredA], type[AnchoredB]]:
-        return AnchoredExpertsA, AnchoredExpertsB
-
-    @property
-    def weight(self) -> Tensor:
-        """`(E, out, in)`, `(E, in, out)` where the model stores it so, or `(out, in)`."""
-        return self.module.get_param()
-
-    @property
-    def parameter_name(self) -> str:
-        """What `target_parameters` calls the weight inside `base`."""
-        return self.module.parameter_name
-
-    @property
-    def experts(self) -> int:
-        return self.module.num_experts
-
-    @property
-    def matrices(self) -> list[str]:
-        return [f"{self.name}[{expert}]" for expert in range(self.experts)]
-
-    def by_expert(self, stored: Tensor) -> Tensor:  # as `weight` -> (E, out, in), a view
-        """Bring the weight, or a gradient of its shape, to the orientation of `G`."""
-        if stored.dim() == 2:
-            return stored[None]
-        return stored.mT if getattr(self.base, "is_transposed", False) else stored
-
-    def dense_weights(self) -> Tensor:  # (E, out, in)
-        return self.by_expert(read_parameter(self.weight))
-
-    def stored_weight(self) -> list[Tensor]:
-        return [read_parameter(self.weight)]
-
-    def require_whole(self, copies: int) -> None:
-        if self.is_anchored and copies > 1:
-            raise ValueError(
-                f"{self.name}: nn.DataParallel, which the Trainer uses on {copies} GPUs without a launcher, can't "
-                "copy an anchored parameter. Start with `accelerate launch`, which gives each GPU a process, or show "
-                "one GPU with CUDA_VISIBLE_DEVICES."
-            )
-        if is_sharded(self.weight):
-            raise ValueError(
-                f"{self.name}: this engine spreads the parameter over processes, where PEFT can't adapt it. Leave it "
-                "out of `target_parameters`, or use an engine that keeps it whole."
-            )
 
 
 def variant_of(module: LoraLayer, adapter: str) -> str | None:

@@ -19,7 +19,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 
 
@@ -110,11 +110,11 @@ class AnchoredLinearB(AnchoredB, nn.Linear):
 
 class AnchoredExpertsA(AnchoredLinearA):
     """
-    `lora_A` of fused experts in delta form, `(E * 2r, in)`.
+    `lora_A` of a bare parameter (fused experts, the projections of attention) in delta form, `(E * 2r, in)`.
 
-    PEFT never calls it: it reads `weight` and adds the product of the factors to the experts' own weights. So `weight`
-    gives the tied halves while [`AnchoredParamWrapper`] makes that product, and the parameter to everybody else: for
-    saving, loading, copying and `get_parameter` this is a plain `nn.Linear`.
+    PEFT never calls it: it reads `weight` and adds the product of the factors to the weight itself. So `weight` gives
+    the tied halves inside [`making_product`], and the parameter to everybody else: for saving, loading, copying and
+    `get_parameter` this is a plain `nn.Linear`.
     """
 
     makes_product = False
@@ -129,7 +129,7 @@ class AnchoredExpertsA(AnchoredLinearA):
 
 
 class AnchoredExpertsB(AnchoredLinearB):
-    """`lora_B` of fused experts in delta form, `(out, 2r * E)`; read as [`AnchoredExpertsA`] is."""
+    """`lora_B` of a bare parameter in delta form, `(out, 2r * E)`; read as [`AnchoredExpertsA`] is."""
 
     makes_product = False
 
@@ -142,31 +142,33 @@ class AnchoredExpertsB(AnchoredLinearB):
         return self.frozen() if self.makes_product and torch.is_grad_enabled() else self.stored
 
 
+@contextmanager
+def making_product(module: LoraLayer, adapter_name: str) -> Iterator[None]:
+    """Let PEFT read the factors of a bare parameter as tied and frozen halves, where they are anchored."""
+    factors = [
+        factor
+        for factor in (module.lora_A[adapter_name], module.lora_B[adapter_name])
+        if isinstance(factor, (AnchoredExpertsA, AnchoredExpertsB))
+    ]
+    for factor in factors:
+        factor.makes_product = True
+    try:
+        yield
+    finally:
+        for factor in factors:
+            factor.makes_product = False
+
+
 class AnchoredParamWrapper(ParamWrapper):
     """PEFT's adapter of a bare parameter, whose products are made of tied halves where its factors are anchored."""
 
     def get_delta_factors(self, adapter_name: str) -> Any:
-        with self._making_product(adapter_name):
+        with making_product(self, adapter_name):
             return super().get_delta_factors(adapter_name)
 
     def get_delta_weight(self, adapter_name: str, *args: Any, **kwargs: Any) -> Tensor:
-        with self._making_product(adapter_name):
+        with making_product(self, adapter_name):
             return super().get_delta_weight(adapter_name, *args, **kwargs)
-
-    @contextmanager
-    def _making_product(self, adapter_name: str) -> Iterator[None]:
-        factors = [
-            module
-            for module in (self.lora_A[adapter_name], self.lora_B[adapter_name])
-            if isinstance(module, (AnchoredExpertsA, AnchoredExpertsB))
-        ]
-        for module in factors:
-            module.makes_product = True
-        try:
-            yield
-        finally:
-            for module in factors:
-                module.makes_product = False
 
 
 def anchored_parameter_names(model: nn.Module) -> set[str]:

@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from ..adapters.attention import attention_kept_whole
 from ..engines.devices import preserved_rng
 from .leaves import preserved_leaves
 from .model_state import keep_model
@@ -48,6 +49,7 @@ def borrowed(trainer: Trainer, model: nn.Module, dataset: Dataset | None = None)
     """
     with ExitStack() as stack:
         stack.enter_context(preserved_rng())
+        stack.enter_context(attention_kept_whole(model))
         stack.enter_context(_preserved_loaders(trainer))
         stack.enter_context(preserved_state(trainer, model, dataset))
         stack.enter_context(_train_mode(model))

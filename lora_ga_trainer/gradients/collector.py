@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..adapters.layer import AdaptedExperts, AdaptedLayer
+from ..adapters.layer import AdaptedLayer
+from ..adapters.parameter import AdaptedParameter
 from ..config import LoRAGAConfig
 from ..engines.collectives import gather_integers, share_from_owners, sum_over_processes
 from ..engines.support import probed_module
@@ -73,9 +74,9 @@ class Collector:
     def taps(self) -> Iterator[None]:
         """Collect from every backward pass while the context is open."""
         linear = [layer for layer in self.layers if layer.has_inputs]
-        bare = [layer for layer in self.layers if isinstance(layer, AdaptedExperts)]
+        bare = [layer for layer in self.layers if isinstance(layer, AdaptedParameter)]
         modules = {layer.name: layer.base for layer in linear}
-        parameters = [(layer.base, layer.parameter_name) for layer in bare]
+        parameters = [(layer.user, layer.base, layer.parameter_name) for layer in bare]
         with (
             tapped(
                 modules,
@@ -103,8 +104,8 @@ class Collector:
             # Rows without a label have an input all the same, wherever the data is cut into micro-batches.
             self.moment_sums[layer.name].add(x, dy, self.weight / self.share / self.loss_scale, self.share)
 
-    def _collect_dense(self, layer: AdaptedExperts, dW: Tensor) -> None:
-        """Fold the gradient of all experts of a layer into their accumulators; the caller frees it."""
+    def _collect_dense(self, layer: AdaptedParameter, dW: Tensor) -> None:
+        """Fold the gradient of a parameter, all experts of a layer say, into its accumulators; the caller frees it."""
         if not self._running:
             return
         self._meet(layer)

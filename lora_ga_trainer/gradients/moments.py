@@ -167,6 +167,6 @@ def require_inputs(config: LoRAGAConfig, layers: Sequence[AdaptedLayer]) -> None
     if needs and bare:
         raise ValueError(
             f"init={config.init!r} needs {' and '.join(sorted(needs))} of a layer's input and output-gradient. "
-            f"{bare[0]} is a parameter of `target_parameters`, of which only the gradient can be seen. Leave "
-            "`target_parameters` out of the LoraConfig, or choose another init."
+            f"Of {bare[0]}, whose weight PEFT adapts itself, only the gradient can be seen. Leave it out of "
+            "`target_parameters` or `target_modules`, or choose another init."
         )

@@ -209,28 +209,29 @@ class _ParameterTap(torch.autograd.Function):
 
 @contextmanager
 def tapped_parameters(
-    parameters: Sequence[tuple[nn.Module, str]],
+    parameters: Sequence[tuple[nn.Module, nn.Module, str]],
     sink: ParameterSink,
     counts: Callable[[int], bool] = lambda index: True,
 ) -> Iterator[None]:
     """
-    Show `dL/dW` of every use of parametrised parameters to `sink` while the context is open.
+    Show `dL/dW` of every use of adapted parameters to `sink` while the context is open.
 
     Autograd forms the whole gradient of one parameter, hands it to the sink as soon as it is complete and frees it
     when the sink returns, unless the sink keeps it. The parameters need no `requires_grad`.
 
     Args:
-        parameters: modules and the names of their parameters. A forward counts while the parameter is parametrised
-            (`torch.nn.utils.parametrize`), as PEFT's adapters of `target_parameters` do unless they are switched off.
-            Its value must be cached, or the sink sees one part of the gradient for each time that the forward reads
-            it.
+        parameters: modules that compute with a parameter, modules that hold it, and its name there. A forward counts
+            while the parameter is parametrised (`torch.nn.utils.parametrize`), as PEFT's adapters of
+            `target_parameters` do unless they are switched off, or while a plain tensor stands in its place, as
+            `torch.func.functional_call` does. A parametrised value must be cached, or the sink sees one part of the
+            gradient for each time that the forward reads it.
         sink: called in the backward pass with the index of the parameter and `dL/dW` in the shape of `W`.
         counts: asked with the index of the parameter, in the forward pass, whether this call is to be shown.
     """
     handles = []
     try:
-        for index, (module, name) in enumerate(parameters):
-            handles.append(module.register_forward_pre_hook(_make_pre_hook(index, name, sink, counts)))
+        for index, (user, holder, name) in enumerate(parameters):
+            handles.append(user.register_forward_pre_hook(_make_pre_hook(index, holder, name, sink, counts)))
         yield
     finally:
         for handle in handles:
@@ -238,19 +239,24 @@ def tapped_parameters(
 
 
 def _make_pre_hook(
-    index: int, name: str, sink: ParameterSink, counts: Callable[[int], bool]
+    index: int, holder: Any, name: str, sink: ParameterSink, counts: Callable[[int], bool]
 ) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    def tap(parametrization: nn.Module, args: tuple[Any, ...], W: Tensor) -> Tensor | None:
-        if not torch.is_grad_enabled():  # the first forward of a reentrant checkpoint
-            return None
+    def tap(W: Tensor) -> Tensor:
         root = torch.zeros((), device=W.device, requires_grad=True)
         return _ParameterTap.apply(W, root, lambda dW: sink(index, dW))
 
-    def hook(module: Any, args: tuple[Any, ...]) -> None:
+    def hook(user: nn.Module, args: tuple[Any, ...]) -> None:
+        # Without gradients runs the first forward of a reentrant checkpoint, and a reference.
+        if not torch.is_grad_enabled() or not counts(index):
+            return
+        value = holder._parameters.get(name)
         # Switched off, an adapter parametrises nothing: so runs the reference of losses that have one.
-        if name in getattr(module, "parametrizations", {}) and counts(index):
+        if name in getattr(holder, "parametrizations", {}):
             # Made for this forward and thrown away after it: the hook on it needs no removal. The last one gives the
             # value that the forward sees, adapter included.
-            module.parametrizations[name][-1].register_forward_hook(tap)
+            holder.parametrizations[name][-1].register_forward_hook(lambda module, args, W: tap(W))
+        elif value is not None and not isinstance(value, nn.Parameter):
+            # What stands in for the parameter is taken away after this forward, and the tap with it.
+            holder._parameters[name] = tap(value)
 
     return hook

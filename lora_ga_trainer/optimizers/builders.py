@@ -12,7 +12,9 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers.training_args import OptimizerNames
 
+from ..adapters.conv import AdaptedConv
 from ..adapters.find import find_adapted_layers
+from ..adapters.parameter import AdaptedExperts
 from ..adapters.storage import anchored_parameter_names
 from .adamw import STATE_DTYPES, LoRAProAdamW
 from .wrapper import LoRAProOptimizer
@@ -101,11 +103,18 @@ def make_lora_plus(request: BuildRequest) -> Optimizer:
 def make_riemannian(request: BuildRequest) -> Optimizer:
     """Hand over to PEFT's Riemannian preconditioning (arXiv 2402.02347)."""
     optimizer_class, options, lr, decay = _plain_choice(request)
-    bare = [layer.name for layer in find_adapted_layers(request.model) if not layer.has_inputs]
+    layers = find_adapted_layers(request.model)
+    bare = [layer.name for layer in layers if isinstance(layer, AdaptedExperts)]
     if bare:
         raise ValueError(
             f"{request.setting}: {bare[0]} is a parameter of `target_parameters`, whose stored factors mix the ranks "
             "of all experts. Leave it out, or leave riemannian_reg unset."
+        )
+    convolutions = [layer.name for layer in layers if isinstance(layer, AdaptedConv)]
+    if convolutions:
+        raise ValueError(
+            f"{request.setting}: {convolutions[0]} is a convolution, whose factors PEFT's optimizer would step "
+            "without preconditioning them. Leave it out of `target_modules`, or leave riemannian_reg unset."
         )
     anchored = sorted(anchored_parameter_names(request.model))
     if anchored:

@@ -35,8 +35,9 @@ def trained_pairs(model: nn.Module, param_groups: list[dict[str, Any]], who: str
         if id(parameter) in owner:
             raise ValueError(
                 f"{who}: {name} of shape {tuple(parameter.shape)} is a LoRA parameter but not a factor of a linear "
-                "layer, so it can't be corrected, and it is not a plain parameter. Leave its layer out of "
-                "`target_modules` (`target_parameters`), or use an optimizer without correction."
+                "layer (or of an nn.MultiheadAttention with init='lora_ga'), so it can't be corrected, and it is not "
+                "a plain parameter. Leave its layer out of `target_modules` (`target_parameters`), or use an "
+                "optimizer without correction."
             )
     pairs = []
     for pair in every:

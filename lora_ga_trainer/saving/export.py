@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..adapters.find import find_lora_layers
 from ..adapters.host import WEIGHTS_FILE, require_adapter
 from ..adapters.layer import AdaptedLayer
+from ..adapters.parameter import AdaptedExperts
 from .record import plain_config
 
 
@@ -43,7 +44,7 @@ def export_adapter(model: nn.Module, folder: str | os.PathLike[str], rank: int) 
     host = require_adapter(model)
     layers = find_lora_layers(model)
     for layer in layers:
-        if not layer.has_inputs:
+        if isinstance(layer, AdaptedExperts):
             raise ValueError(
                 f"export_adapter: {layer.name} is a parameter of `target_parameters` ({layer.experts} experts); only "
                 "the factors of linear layers can be truncated. Serve the adapter at its stored rank "
@@ -53,10 +54,10 @@ def export_adapter(model: nn.Module, folder: str | os.PathLike[str], rank: int) 
     errors, lost, whole = {}, 0.0, 0.0
     for layer in layers:
         B, A, lost_here, whole_here = _truncate(layer, rank)
-        key = f"base_model.model.{layer.name}"
+        key = f"base_model.model.{layer.key}"
         tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = A, B
         if f"{key}.lora_B.bias" in tensors:
-            tensors[f"{key}.lora_B.bias"] = layer.s * tensors[f"{key}.lora_B.bias"]
+            tensors[f"{key}.lora_B.bias"] = layer.scaling * tensors[f"{key}.lora_B.bias"]
         errors[layer.name] = (lost_here / whole_here) ** 0.5 if whole_here > 0 else 0.0
         lost, whole = lost + lost_here, whole + whole_here
     errors["total"] = (lost / whole) ** 0.5 if whole > 0 else 0.0
@@ -68,10 +69,10 @@ def export_adapter(model: nn.Module, folder: str | os.PathLike[str], rank: int) 
 
 
 def _truncate(layer: AdaptedLayer, rank: int) -> tuple[Tensor, Tensor, float, float]:
-    """Return `B (out, rank)`, `A (rank, in)` as stored, and the energy lost and whole of `s B A`."""
+    """Return `B (out, rank)`, `A (rank, in)` as stored, and the energy lost and whole of PEFT's `scaling * B A`."""
     Q_b, R_b = torch.linalg.qr(layer.lora_B.weight.double().flatten(1))  # (out, k), (k, k)
     Q_a, R_a = torch.linalg.qr(layer.lora_A.weight.double().flatten(1).T)  # (in, k), (k, k)
-    U, S, Vt = torch.linalg.svd(layer.s * R_b @ R_a.T, full_matrices=False)
+    U, S, Vt = torch.linalg.svd(layer.scaling * R_b @ R_a.T, full_matrices=False)
     root = S[:rank].sqrt()
     B, A = (Q_b @ U[:, :rank]) * root, root[:, None] * (Q_a @ Vt[:rank].T).T
     short = rank - root.shape[0]

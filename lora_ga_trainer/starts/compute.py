@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from ..adapters.layer import AdaptedLayer
+from ..adapters.parameter import AdaptedExperts
 from ..config import LoRAGAConfig
 from ..engines.collectives import share_from_owners
 from ..gradients.estimate import GradientEstimate
@@ -120,7 +121,7 @@ class _Starter:
         of_expert = [None] * layer.experts if weights is None else list(weights)
         matrices = [self._matrix(layer, *entry) for entry in zip(layer.matrices, of_expert, strict=True)]
         reports = [report for _, report in matrices]
-        report = reports[0] if layer.has_inputs else report_experts(layer.name, reports)
+        report = report_experts(layer.name, reports) if isinstance(layer, AdaptedExperts) else reports[0]
         started = [factors for factors, _ in matrices if factors is not None]
         if not started:
             return None, report

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import Trainer
 
 from ..adapters.anchor import expand_adapter, halve_adapter
+from ..adapters.attention import passed_by_in_eval
 from ..adapters.find import find_adapted_layers, find_lora_layers, is_trained
 from ..adapters.host import AdapterHost, require_adapter
 from ..adapters.layer import AdaptedLayer
@@ -114,6 +115,7 @@ def prepare_adapter(model: nn.Module, config: LoRAGAConfig, optimizer: torch.opt
         base=fingerprint_base(model, layers),
     )
     host.replace_config(attach_record(host.config, record, host))
+    _name_passed_by(host.base)
     if record.anchored:
         expand_adapter(model, layers)
         net_decay = config.optimizer.entry.decays_net_update
@@ -123,6 +125,18 @@ def prepare_adapter(model: nn.Module, config: LoRAGAConfig, optimizer: torch.opt
             record.rank,
             2 * record.rank,
             "acts on its net update" if net_decay else "leaves its factors alone",
+        )
+
+
+def _name_passed_by(base: nn.Module) -> None:
+    """Name in a warning the modules whose evaluation would be that of the base, with plain PEFT, too."""
+    names = passed_by_in_eval(base)
+    if names:
+        logger.warning(
+            "In eval mode torch computes nn.TransformerEncoderLayer in one fused call that reads its weights and "
+            "passes by the adapters in it, so that what is evaluated is the base: %s. Call "
+            "`torch.backends.mha.set_fastpath_enabled(False)` before evaluating.",
+            ", ".join(names),
         )
 
 

@@ -217,6 +217,7 @@ TOWERS = {
     "vision_config": {k: v for k, v in SEEING.items() if k != "num_labels"} | WITHOUT_DROPOUT,
     "projection_dim": 16,
 }
+CONVOLUTIONAL = {"embedding_size": 8, "hidden_sizes": [16, 32], "depths": [1, 1], "num_labels": 3}
 picture = partial(model_client, head="ImageClassification", rows=images, sizes=SEEING)
 OTHER_SENSES = [
     picture("ViT", kind="vit"),
@@ -226,13 +227,21 @@ OTHER_SENSES = [
             "image_size": 32, "patch_size": 4, "num_labels": 3}),
     picture("ConvNeXt, its Linear layers", kind="convnext", sizes={"hidden_sizes": [16, 32], "depths": [1, 1],
             "num_stages": 2, "patch_size": 4, "num_labels": 3}),
-    picture("ResNet, its convolutions", kind="resnet", lora={"target_modules": ["convolution"]},
-            sizes={"embedding_size": 8, "hidden_sizes": [16, 32], "depths": [1, 1], "num_labels": 3},
+    picture("ConvNeXt, its depthwise convolutions", kind="convnext", sizes={"hidden_sizes": [16, 32], "depths": [1, 1],
+            "num_stages": 2, "patch_size": 4, "num_labels": 3}, lora={"r": 32, "target_modules": ["dwconv"]},
+            refused=r"dwconv: Conv2d has groups=16.*target_modules"),
+    picture("ResNet, its convolutions", kind="resnet", sizes=CONVOLUTIONAL, lora={"target_modules": ["convolution"]},
             same_loss=False),
+    picture("ResNet, its convolutions and a head in `modules_to_save`", kind="resnet", sizes=CONVOLUTIONAL,
+            lora={"target_modules": ["convolution"], "modules_to_save": ["classifier"]}, same_loss=False,
+            config={"head_warmup_steps": 1}, same_first_step=False),
     picture("CLIP, in-batch negatives", head="ZeroShotImageClassification", kind="clip", sizes=TOWERS, rows=pairs,
             collator=collate_returning_loss),
     picture("SigLIP, in-batch negatives", head="ZeroShotImageClassification", kind="siglip", sizes=TOWERS, rows=pairs,
             collator=collate_returning_loss, unreached=1),
+    picture("SigLIP, its pooling head's `nn.MultiheadAttention`, too", head="ZeroShotImageClassification",
+            kind="siglip", sizes=TOWERS, rows=pairs, collator=collate_returning_loss,
+            lora={"target_modules": ["q_proj", "v_proj", "head.attention"]}),
     picture("wav2vec 2.0, classes", head="AudioClassification", kind="wav2vec2", rows=sounds,
             sizes=TEXT | {"conv_dim": [8, 8], "conv_stride": [5, 4], "conv_kernel": [10, 8], "num_labels": 3,
             "num_feat_extract_layers": 2, "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2}),

@@ -126,6 +126,23 @@ class Normed(nn.Module):
         return {"loss": F.cross_entropy(logits, labels), "logits": logits}
 
 
+class Attentive(nn.Module):
+    """Torch's own attention: alone, and in an `nn.TransformerEncoderLayer`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Linear(2, 8), nn.Linear(8, 3)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        hidden = self.embed(x.unflatten(1, (3, 2)))
+        hidden = self.encoder(hidden + self.attention(hidden, hidden, hidden, need_weights=False)[0])
+        logits = self.head(hidden.mean(1))
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
 def points() -> list[dict[str, Tensor]]:
     inputs = torch.randn(12, 6, generator=torch.Generator().manual_seed(1))
     return [{"x": x, "labels": torch.tensor(i % 3)} for i, x in enumerate(inputs)]
@@ -175,6 +192,11 @@ LOSSES = [
     with_llama("NEFTune noise", neftune_noise_alpha=5.0, same_loss=False),
     with_llama("Moving average by a callback", callbacks=lambda: [Averages()]),
     own_model("Layers called by keyword, checkpointing of one's own", ByKeyword, ["first", "second", "head"]),
+    own_model(
+        "`nn.MultiheadAttention` and `nn.TransformerEncoderLayer`",
+        Attentive,
+        ["embed", "attention", "self_attn", "linear1", "linear2"],
+    ),
     own_model("Batch norm, spectral norm, a counter", Normed, ["first", "second", "head"], same_loss=False),
 ]
 
