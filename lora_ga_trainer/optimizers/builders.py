@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from transformers.training_args import OptimizerNames
 
 from ..adapters.find import find_adapted_layers
+from ..adapters.layer import AdaptedLayer
 from ..adapters.storage import anchored_parameter_names
 from .adamw import STATE_DTYPES, LoRAProAdamW
 from .wrapper import LoRAProOptimizer
@@ -101,11 +102,18 @@ def make_lora_plus(request: BuildRequest) -> Optimizer:
 def make_riemannian(request: BuildRequest) -> Optimizer:
     """Hand over to PEFT's Riemannian preconditioning (arXiv 2402.02347)."""
     optimizer_class, options, lr, decay = _plain_choice(request)
-    bare = [layer.name for layer in find_adapted_layers(request.model) if not layer.has_inputs]
+    layers = find_adapted_layers(request.model)
+    bare = [layer.name for layer in layers if not layer.has_inputs]
     if bare:
         raise ValueError(
             f"{request.setting}: {bare[0]} is a parameter of `target_parameters`, whose stored factors mix the ranks "
             "of all experts. Leave it out, or leave riemannian_reg unset."
+        )
+    others = [layer.name for layer in layers if type(layer) is not AdaptedLayer]
+    if others:
+        raise ValueError(
+            f"{request.setting}: {others[0]} is a convolution or an embedding, whose factors PEFT's optimizer leaves "
+            "without preconditioning. Leave it out of `target_modules`, or leave riemannian_reg unset."
         )
     anchored = sorted(anchored_parameter_names(request.model))
     if anchored:
