@@ -121,6 +121,27 @@ def test_the_gradient_is_that_of_autograd(kind: str, batch_size: int, tmp_path: 
         assert (inputs() == PADDING).any()
 
 
+class Penalised(Net):
+    """Adds the square of the loss's gradient at what the embedding gives."""
+
+    def forward(self, ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        embedded = self.embed(ids)
+        logits = self.head(torch.tanh(self.hidden(embedded)).mean(1))
+        loss = nn.functional.cross_entropy(logits, labels)
+        (inner,) = torch.autograd.grad(loss, embedded, create_graph=True)
+        return {"loss": loss + 3 * inner.square().sum()}
+
+
+@pytest.mark.parametrize("kind", ["plain", "scaled"])
+def test_a_gradient_penalty_counts_to_the_second_order(kind: str, tmp_path: Any) -> None:
+    model = Penalised(kind).double()
+    trainer = in_order(rows(), tmp_path, with_lora(copy.deepcopy(model)), per_device_train_batch_size=9)
+    found = probe(trainer, exact(), layers=find_adapted_layers(trainer.model))
+    loss = model(inputs(), torch.tensor([row["labels"] for row in rows()]))["loss"]
+    of_embed, of_hidden = torch.autograd.grad(loss, [model.embed.weight, model.hidden.weight])
+    assert_equal_gradients(found, {"embed": of_embed.T, "hidden": of_hidden}, rtol=1e-6)
+
+
 def test_an_init_sees_how_often_each_id_stood(tmp_path: Any, monkeypatch: Any) -> None:
     needs = frozenset({"second_moments"})
     init = Init("of this test", 1.0, anchored=False, pairs=1, factors=lambda gradient: None, needs=needs)

@@ -249,19 +249,23 @@ def test_second_moments_are_those_of_all_processes(folder: Path) -> None:
         assert (both[0]["start"][name].T @ both[0]["start"][name] - gram).norm() <= 1e-4 * gram.norm(), name
 
 
+@pytest.fixture(scope="module")
+def embedding_alone(folder: Path) -> dict[str, Any]:
+    return embedding_part("single", folder)
+
+
 @pytest.mark.parametrize("name", ENGINES)
-def test_an_adapted_embedding_trains_as_on_one_process(name: str, folder: Path) -> None:
+def test_an_adapted_embedding_trains_as_on_one_process(name: str, folder: Path, embedding_alone: Any) -> None:
     ended = launch(name, "embedding", folder)
     assert ended.returncode == 0, ended.stderr[-4000:]
-    one = embedding_part("single", folder)
     both = [torch.load(folder / name / f"embedding-{rank}.pt", weights_only=False) for rank in range(2)]
     ours, alone = (load_file(folder / f"{engine}-embedding.safetensors") for engine in (name, "single"))
     assert "model.embed_tokens|G" in alone
     for key, G in alone.items():
         assert (ours[key] - G).double().norm() <= 1e-6 * G.double().norm(), key
     assert both[0]["processes"] == 2
-    assert both[0]["losses"] == pytest.approx(one["losses"], abs=1e-4)
-    assert both[0]["loss_after"] == pytest.approx(one["loss_before"], abs=1e-5)
+    assert both[0]["losses"] == pytest.approx(embedding_alone["losses"], abs=1e-4)
+    assert both[0]["loss_after"] == pytest.approx(embedding_alone["loss_before"], abs=1e-5)
     for key, end in both[0]["end"].items():
         assert torch.equal(end, both[1]["end"][key])
         if "lora_embedding" in key:

@@ -8,6 +8,7 @@ Fused experts keep one LoRA pair an expert in two matrices:
 
 A linear layer is the case `E = 1`. A convolution is as well, with the axes of its kernel behind the others:
 `lora_A.weight (r, in, *kernel)`, `lora_B.weight (out, r, 1, ...)`.
+An embedding keeps `lora_embedding_A (r, in)`, `lora_embedding_B (out, r)` as bare parameters (`adapters.embedding`).
 See `lora_ga_trainer.adapters.anchor` for what delta form is and why.
 """
 

@@ -29,7 +29,8 @@ class LayerMoments:
     Second moments of one linear layer over the N tokens that it saw: of its input `x (N, in)`, and of `dy (N, out)`,
     the gradient of the *summed* loss with respect to its output.
 
-    Tokens are rows as the layer sees them, padding included. What the init did not ask for is `None`.
+    Tokens are rows as the layer sees them, padding included; an embedding leaves out its `padding_idx`. What the init
+    did not ask for is `None`.
 
     Args:
         tokens: N, over all processes. Rows of a micro-batch that counts in part count in part.
