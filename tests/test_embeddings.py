@@ -305,6 +305,12 @@ def test_parameters_are_the_leaves_that_are_named() -> None:
     assert dict(factors.items())["default"] is layer.stored_A
 
 
+def test_compiles_to_one_graph() -> None:
+    _, layer, _, _ = started("plain")
+    explained = torch._dynamo.explain(layer.module)(inputs())
+    assert (explained.graph_count, explained.graph_break_count) == (1, 0)
+
+
 def test_what_is_not_started_trains_as_plain_lora(tmp_path: Any) -> None:
     """PEFT starts an embedding at A = 0 with a random B. In delta form this is `[0; 0]`, `[0, B]`."""
     plain = with_lora(Net("plain"), target_modules=["embed"]).double()
