@@ -70,7 +70,8 @@ ENGINES: dict[str, dict[str, Any]] = {
 
 
 def make_trainer(engine: str, folder: Path, name: str, lora_ga: dict[str, Any], **changes: Any) -> LoRAGATrainer:
-    """`changes` go to the training arguments, but for `dropout`, `rows` and `callbacks`."""
+    """`changes` go to the training arguments, but for `targets`, `dropout`, `rows` and `callbacks`."""
+    targets = changes.pop("targets", "all-linear")
     dropout, rows = changes.pop("dropout", 0.0), changes.pop("rows", None) or tiny.causal_rows(ROWS)
     callbacks = changes.pop("callbacks", None)
     per_device = 4 if engine == "single" else 2
@@ -88,7 +89,7 @@ def make_trainer(engine: str, folder: Path, name: str, lora_ga: dict[str, Any], 
         model,
         args,
         train_dataset=rows,
-        peft_config=LoraConfig(r=2, lora_alpha=4, target_modules="all-linear", lora_dropout=dropout),
+        peft_config=LoraConfig(r=2, lora_alpha=4, target_modules=targets, lora_dropout=dropout),
         lora_ga_config=LoRAGAConfig(**({"num_samples": 10} | lora_ga)),
         callbacks=callbacks,
     )
@@ -357,12 +358,20 @@ def kinds_part(engine: str, folder: Path, part: str) -> dict[str, Any]:
     return found
 
 
+def embedding_part(engine: str, folder: Path) -> dict[str, Any]:
+    """Start and train an adapter that holds an embedding, too."""
+    config = {"estimator": "exact", "probe_file": str(folder / f"{engine}-embedding.safetensors")}
+    rows, targets = tiny.causal_rows(12), ["embed_tokens", "up_proj"]
+    return trained(engine, folder, "embedding", config, rows=rows, targets=targets, max_steps=3, max_grad_norm=0.1)
+
+
 PARTS = {
     "bare": bare_part,
     "main": main_part,
     "kinds": functools.partial(kinds_part, part="kinds"),
     "convolutions": functools.partial(kinds_part, part="convolutions"),
     "moments": moments_part,
+    "embedding": embedding_part,
     "killed": killed_part,
     "resumed": resumed_part,
 }

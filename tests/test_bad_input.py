@@ -84,6 +84,12 @@ def with_ia3():
     return get_peft_model(tiny.llama(), IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
 
 
+def sparse():
+    model = lora(target_modules=["embed_tokens", "q_proj"])
+    model.get_base_model().model.embed_tokens.base_layer.sparse = True
+    return model
+
+
 REFUSED_MODELS = {
     "no adapter": (tiny.llama, r"LlamaForCausalLM without a PEFT adapter.*peft_config=LoraConfig"),
     "IA3": (with_ia3, r"'default' is of type .*IA3, not LoRA.*init='none'"),
@@ -94,7 +100,7 @@ REFUSED_MODELS = {
     "merged": (merged, r"model\.layers\.0\.self_attn\.q_proj.*merged.*unmerge_adapter"),
     "frozen": (frozen, r"no trainable LoRA layer \(4 frozen\).*is_trainable=True"),
     "two active": (two_active, r"\['default', 'second'\].*set_adapter"),
-    "an embedding": (lambda: lora(target_modules=["embed_tokens", "q_proj"]), r"embed_tokens.*target_modules"),
+    "an embedding with sparse gradients": (sparse, r"embed_tokens.*sparse=True.*target_modules"),
 }
 
 

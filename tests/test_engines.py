@@ -22,7 +22,18 @@ import reference
 import tiny
 import torch
 import transformers
-from engine_run import KILLED, PARTS, ROWS, SAVED, STEPS, Picture, bare_part, main_part, moments_part
+from engine_run import (
+    KILLED,
+    PARTS,
+    ROWS,
+    SAVED,
+    STEPS,
+    Picture,
+    bare_part,
+    embedding_part,
+    main_part,
+    moments_part,
+)
 from optional import require
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -290,6 +301,33 @@ def test_attention_whose_weights_are_spread_is_refused_by_name(folder: Path) -> 
     assert re.search(
         r"ValueError: attention\.in_proj_weight: this engine spreads the weight.*keeps it whole", ended.stderr
     )
+
+
+@pytest.fixture(scope="module")
+def embedding_alone(folder: Path) -> dict[str, Any]:
+    return embedding_part("single", folder)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_an_adapted_embedding_trains_as_on_one_process(name: str, folder: Path, embedding_alone: Any) -> None:
+    ended = launch(name, "embedding", folder)
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    both = [torch.load(folder / name / f"embedding-{rank}.pt", weights_only=False) for rank in range(2)]
+    ours, alone = (load_file(folder / f"{engine}-embedding.safetensors") for engine in (name, "single"))
+    assert "model.embed_tokens|G" in alone
+    for key, G in alone.items():
+        assert (ours[key] - G).double().norm() <= 1e-6 * G.double().norm(), key
+    assert both[0]["processes"] == 2
+    assert both[0]["losses"] == pytest.approx(embedding_alone["losses"], abs=1e-4)
+    assert both[0]["loss_after"] == pytest.approx(embedding_alone["loss_before"], abs=1e-5)
+    for key, end in both[0]["end"].items():
+        assert torch.equal(end, both[1]["end"][key])
+        if "lora_embedding" in key:
+            start, is_A = both[0]["start"][key], "embedding_A" in key
+            moved = end - start
+            assert moved.any()
+            first, second = moved.chunk(2, dim=0 if is_A else 1)
+            torch.testing.assert_close(second, first if is_A else torch.zeros_like(first), rtol=0, atol=1e-6)
 
 
 REFUSALS = {

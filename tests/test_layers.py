@@ -82,10 +82,12 @@ def test_rank_and_alpha_patterns_are_read_layer_by_layer():
     assert found["k_proj"] == (4, 8 / 4)
 
 
-def test_an_adapted_embedding_is_refused_by_name():
+def test_an_embedding_is_a_layer_of_one_hot_inputs():
     model = tiny.with_lora(tiny.llama(), target_modules=["embed_tokens", "q_proj"])
-    with pytest.raises(ValueError, match=r"model\.embed_tokens: .*Embedding.*target_modules"):
-        find_adapted_layers(model)
+    embedding, q_proj, _ = find_adapted_layers(model)
+    assert (embedding.name, embedding.shape, embedding.rank) == ("model.embed_tokens", (32, tiny.VOCABULARY), 4)
+    assert embedding.s == q_proj.s
+    torch.testing.assert_close(embedding.dense_weight(), tiny.llama().model.embed_tokens.weight.T, rtol=0, atol=0)
 
 
 def test_a_merged_adapter_is_refused_until_it_is_unmerged(model):

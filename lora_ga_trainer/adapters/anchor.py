@@ -25,6 +25,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
 from .attention import take_over_attention
+from .embedding import AdaptedEmbedding
 from .host import require_adapter
 from .layer import AdaptedLayer
 from .storage import AnchoredParamWrapper, join_A, join_B, split_A, split_B
@@ -71,12 +72,16 @@ def _rescale_config(config: LoraConfig, rank: float, alpha: float) -> None:
 def _halve_layer(layer: AdaptedLayer, shrink_alpha: float) -> None:
     A, B = split_A(layer.stored_A, layer.experts), split_B(layer.stored_B, layer.experts)
     r = layer.stored_rank // 2
-    for linear, factor, value in (
-        (layer.lora_A, layer.stored_A, join_A(A[:, :r].clone())),
-        (layer.lora_B, layer.stored_B, join_B(B[:, :, :r].clone())),
-    ):
-        linear.weight = nn.Parameter(value.contiguous(), requires_grad=factor.requires_grad)
-        _note_shape(linear)
+    half_A, half_B = (
+        nn.Parameter(value.clone().contiguous(), requires_grad=factor.requires_grad)
+        for value, factor in ((join_A(A[:, :r]), layer.stored_A), (join_B(B[:, :, :r]), layer.stored_B))
+    )
+    if isinstance(layer, AdaptedEmbedding):
+        layer.put_factors(half_A, half_B)
+    else:
+        layer.lora_A.weight, layer.lora_B.weight = half_A, half_B
+        _note_shape(layer.lora_A)
+        _note_shape(layer.lora_B)
     _rescale_layer(layer, r, shrink_alpha)
 
 
@@ -84,7 +89,8 @@ def _halve_layer(layer: AdaptedLayer, shrink_alpha: float) -> None:
 def _expand_layer(layer: AdaptedLayer, grow_alpha: float) -> None:
     A, B = split_A(layer.stored_A, layer.experts), layer.stored_B
     stored_A = join_A(torch.cat([A, torch.zeros_like(A)], dim=1))
-    stored_B = torch.cat([torch.zeros_like(B)] * 2, dim=1)
+    # PEFT's own start has B = 0 and this is zero, too. That of an embedding has A = 0 and a random B instead.
+    stored_B = torch.cat([torch.zeros_like(B), B], dim=1)
     _anchor(
         layer,
         nn.Parameter(stored_A, requires_grad=layer.stored_A.requires_grad),
@@ -115,6 +121,10 @@ def _anchor(
     B: nn.Parameter,  # (out, 2r * E)
 ) -> None:
     """Put anchored modules around factors in delta form, keeping the bias of `lora_B`."""
+    if isinstance(layer, AdaptedEmbedding):
+        layer.put_factors(A, B)
+        layer.anchor()
+        return
     kind_A, kind_B = layer.anchored_kinds()
     lora_A: Any = _build(kind_A, layer.lora_A, A, None)
     lora_A.experts = layer.experts

@@ -16,6 +16,7 @@ from ..engines.devices import to_fp64
 from ..engines.parameters import plain_name
 from .attention import Attention, projections_of, require_plain_attention
 from .conv import AdaptedConv, require_plain_conv
+from .embedding import AdaptedEmbedding, require_plain_embedding
 from .host import active_adapter, require_adapter
 from .layer import AdaptedLayer, variant_of
 from .parameter import AdaptedExperts
@@ -60,7 +61,8 @@ def find_lora_layers(model: nn.Module) -> list[AdaptedLayer]:
     List the layers of the active adapter, trained or not, in the model's order.
 
     Raises:
-        `ValueError`: if a layer is not a linear one, a convolution, an `nn.MultiheadAttention` or a bare parameter.
+        `ValueError`: if a layer is not a linear one, a convolution, an embedding, an `nn.MultiheadAttention` or a bare
+            parameter.
     """
     host = require_adapter(model)
     adapter = host.adapter
@@ -84,6 +86,9 @@ def find_lora_layers(model: nn.Module) -> list[AdaptedLayer]:
             conv = AdaptedConv(name, module, adapter)
             require_plain_conv(name, conv.base, conv.uses_dora)
             layers.append(conv)
+        elif isinstance(module.get_base_layer(), nn.Embedding):
+            require_plain_embedding(name, module)
+            layers.append(AdaptedEmbedding(name, module, adapter))
         else:
             _require_linear(name, module, adapter)
             layers.append(AdaptedLayer(name, module, adapter))
@@ -107,8 +112,8 @@ def _require_linear(name: str, module: BaseTunerLayer, adapter: str) -> None:
         raise ValueError(
             f"Layer {name}: {type(module).__name__} adapts a {type(base).__name__}, which gets no start. Linear "
             "layers (`nn.Linear` and the quantised layers derived from it), Conv1D layers, convolutions and "
-            "nn.MultiheadAttention do. Leave the others out of `target_modules`, load the base in another format, or "
-            "use LoRAGAConfig(init='none')."
+            "embeddings and nn.MultiheadAttention do. Leave the others out of `target_modules`, load the base in "
+            "another format, or use LoRAGAConfig(init='none')."
         )
 
 
@@ -123,7 +128,7 @@ def saved_modules(model: nn.Module) -> list[nn.Module]:
 @torch.no_grad()
 def is_trained(layer: AdaptedLayer) -> bool:
     """Tell whether the layer's adapter already moves the output: `B A != 0`, not merely `B != 0`."""
-    if layer.lora_B.bias is not None and layer.lora_B.bias.any():
+    if layer.lora_bias is not None and layer.lora_bias.any():
         return True
     A = split_A(to_fp64(layer.stored_A).flatten(1), layer.experts)  # (E, r, in)
     B = split_B(to_fp64(layer.stored_B).flatten(1), layer.experts)  # (E, out, r)

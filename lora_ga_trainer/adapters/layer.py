@@ -29,6 +29,8 @@ class AdaptedLayer:
         adapter: name of the adapter.
     """
 
+    # What the factors are called behind the layer's name in the files of an adapter.
+    factor_names: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")
     # Whether the layer has an input `x` and an output `y` of its own, from which its gradient can be read.
     has_inputs: ClassVar[bool] = True
 
@@ -115,6 +117,11 @@ class AdaptedLayer:
         """The parameter of `lora_B`: `(out, stored_rank * experts)`."""
         return cast(nn.Parameter, self.lora_B._parameters["weight"])
 
+    @property
+    def lora_bias(self) -> nn.Parameter | None:
+        """The bias of `lora_B`, where the adapter has one."""
+        return self.lora_B.bias
+
     def anchored_kinds(self) -> tuple[type[AnchoredA], type[AnchoredB]]:
         """Return the modules that `lora_A` and `lora_B` become when the layer is anchored."""
         return AnchoredLinearA, AnchoredLinearB
@@ -159,7 +166,7 @@ class AdaptedLayer:
             self.base.weight = held  # PEFT leaves a copy in its place, which has lost the scales of int8 codes
         if is_traceable_wrapper_subclass(weight):
             weight = weight.dequantize()
-        weight = weight.T if isinstance(self.base, Conv1D) else weight.flatten(1)
+        weight = weight.T if isinstance(self.base, (Conv1D, nn.Embedding)) else weight.flatten(1)
         if weight.shape != self.shape:
             raise ValueError(
                 f"Layer {self.name}: this engine shows its weight as {tuple(weight.shape)} instead of {self.shape}, "

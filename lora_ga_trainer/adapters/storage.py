@@ -8,6 +8,7 @@ Fused experts keep one LoRA pair an expert in two matrices:
 
 A linear layer is the case `E = 1`. A convolution is as well, with the axes of its kernel behind the others:
 `lora_A.weight (r, in, *kernel)`, `lora_B.weight (out, r, 1, ...)`.
+An embedding keeps `lora_embedding_A (r, in)`, `lora_embedding_B (out, r)` as bare parameters (`adapters.embedding`).
 See `lora_ga_trainer.adapters.anchor` for what delta form is and why.
 """
 
@@ -77,8 +78,15 @@ class AnchoredA(nn.Module):
     def stored(self) -> Tensor:
         return self.weight  # a plain tensor in the copies that nn.DataParallel makes for other devices
 
+    def held(self) -> dict[str, Tensor]:
+        """Return the parameters in delta form, by their name in this module."""
+        return {"weight": self.stored}
+
+    def tie(self, weight: Tensor) -> Tensor:
+        return _TieHalves.apply(weight, self.experts)
+
     def tied(self) -> Tensor:
-        return _TieHalves.apply(self.stored, self.experts)
+        return self.tie(self.stored)
 
 
 class AnchoredLinearA(AnchoredA, nn.Linear):
@@ -97,8 +105,15 @@ class AnchoredB(nn.Module):
     def stored(self) -> Tensor:
         return self.weight
 
+    def held(self) -> dict[str, Tensor]:
+        """Return the parameters in delta form, by their name in this module."""
+        return {"weight": self.stored}
+
+    def freeze(self, weight: Tensor) -> Tensor:
+        return _FreezeSecondHalf.apply(weight)
+
     def frozen(self) -> Tensor:
-        return _FreezeSecondHalf.apply(self.stored)
+        return self.freeze(self.stored)
 
 
 class AnchoredLinearB(AnchoredB, nn.Linear):
@@ -173,7 +188,12 @@ class AnchoredParamWrapper(ParamWrapper):
 
 def anchored_parameter_names(model: nn.Module) -> set[str]:
     """Name the anchored parameters of `model`. Weight decay must leave them alone, or it would untie their halves."""
-    return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, (AnchoredA, AnchoredB))}
+    return {
+        f"{name}.{key}"
+        for name, module in model.named_modules()
+        if isinstance(module, (AnchoredA, AnchoredB))
+        for key in module.held()
+    }
 
 
 def counted_norm(
@@ -195,7 +215,8 @@ def counted_gradients(
         model: the model.
         read: gives the whole gradient of a parameter.
     """
-    tied = {id(module.stored): module.experts for module in model.modules() if isinstance(module, AnchoredA)}
+    anchored = [module for module in model.modules() if isinstance(module, AnchoredA)]
+    tied = {id(held): module.experts for module in anchored for held in module.held().values()}
     for parameter in model.parameters():
         gradient = read(parameter)
         if gradient is None:

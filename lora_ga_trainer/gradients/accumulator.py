@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..engines.devices import to_fp32
 from ..maths.recovery import TopSVD, top_svd
+from .rows import OneHot
 
 
 # What products can be computed in; the later one wins where processes differ.
@@ -34,7 +35,7 @@ class Accumulator(ABC):
         """Live on `device` from now on."""
 
     @abstractmethod
-    def add(self, x: Tensor, dy: Tensor, weight: float) -> None:
+    def add(self, x: Tensor | OneHot, dy: Tensor, weight: float) -> None:
         """Add `weight * dy^T x` for `x (N, in)`, `dy (N, out)`."""
 
     @abstractmethod
@@ -76,9 +77,12 @@ class ExactGradient(Accumulator):
     def move_to(self, device: torch.device) -> None:
         self.G = self.G.to(device)
 
-    def add(self, x: Tensor, dy: Tensor, weight: float) -> None:
+    def add(self, x: Tensor | OneHot, dy: Tensor, weight: float) -> None:
         x, dy = to_one_dtype(x, dy)
-        add_product(self.G, dy, x, weight)
+        if isinstance(x, OneHot):
+            add_product(self.G.T, x, dy, weight)
+        else:
+            add_product(self.G, dy, x, weight)
 
     def add_gradient(self, G: Tensor, weight: float) -> None:
         self.G.add_(G, alpha=weight)
@@ -122,19 +126,22 @@ def forget_shared_matrices() -> None:
     cast.cache_clear()
 
 
-def to_one_dtype(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+def to_one_dtype(x: Tensor | OneHot, dy: Tensor) -> tuple[Tensor | OneHot, Tensor]:
     """Bring `x` to the dtype of `dy`; fp16 goes to fp32, where sums over tokens can't overflow."""
     dtype = torch.float32 if dy.dtype is torch.float16 else dy.dtype
-    return x.to(dtype), dy.to(dtype)
+    return x if isinstance(x, OneHot) else x.to(dtype), dy.to(dtype)
 
 
 def add_product(
     total: Tensor,  # (a, b), fp32
-    left: Tensor,  # (N, a)
+    left: Tensor | OneHot,  # (N, a)
     right: Tensor,  # (N, b)
     weight: float,
 ) -> None:
     """Add `weight * left^T right` to `total`: products in the dtype of the factors, the sum in fp32."""
+    if isinstance(left, OneHot):
+        left.add_rows(total, right, weight)
+        return
     # One fused product where it adds in fp32 anyway. With bf16 factors `addmm_` would round the running sum to bf16.
     if left.dtype is total.dtype:
         total.addmm_(left.T, right, alpha=weight)

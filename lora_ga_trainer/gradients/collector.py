@@ -20,6 +20,7 @@ from .estimate import NonFiniteGradient
 from .failing import UNCHANGED
 from .leaves import discarded_gradients
 from .moments import LayerMoments, make_moment_sums
+from .rows import OneHot
 from .sketch import SketchedGradient, make_accumulators, turn
 from .tap import tapped, tapped_parameters
 
@@ -91,7 +92,7 @@ class Collector:
         ):
             yield
 
-    def _collect(self, layer: AdaptedLayer, x: Tensor, dy: Tensor, own: bool) -> None:
+    def _collect(self, layer: AdaptedLayer, x: Tensor | OneHot, dy: Tensor, own: bool) -> None:
         if not self._running:
             return
         self._meet(layer)

@@ -13,7 +13,8 @@ from ..config import LoRAGAConfig
 from ..engines.devices import to_fp64
 from ..maths.inits import INITS
 from ..maths.recovery import leading_directions
-from .accumulator import gaussian
+from .accumulator import add_product, gaussian
+from .rows import OneHot
 
 
 # Columns of the sketch of a covariance, for each unit of rank.
@@ -28,7 +29,8 @@ class LayerMoments:
     Second moments of one linear layer over the N tokens that it saw: of its input `x (N, in)`, and of `dy (N, out)`,
     the gradient of the *summed* loss with respect to its output.
 
-    Tokens are rows as the layer sees them, padding included. What the init did not ask for is `None`.
+    Tokens are rows as the layer sees them, padding included; an embedding leaves out its `padding_idx`. What the init
+    did not ask for is `None`.
 
     Args:
         tokens: N, over all processes. Rows of a micro-batch that counts in part count in part.
@@ -85,7 +87,7 @@ class MomentSums:
         if "covariance_directions" in needs:
             self.sketches = [torch.zeros(features, k) for features, k in zip(shape, self.columns, strict=True)]
 
-    def add(self, x: Tensor, dy: Tensor, weight: float, share: float) -> None:
+    def add(self, x: Tensor | OneHot, dy: Tensor, weight: float, share: float) -> None:
         """
         Add the tokens of one pass.
 
@@ -95,20 +97,21 @@ class MomentSums:
                 samples have no label, of which only the inputs are known.
             share: of the pass that counts.
         """
-        self.tokens += share * x.shape[0]
-        self._add(1, x.float(), share)
+        self.tokens += share * len(x)
+        self._add(1, x if isinstance(x, OneHot) else x.float(), share)
         if weight > 0:
             # The summed loss does not depend on the micro-batch that a token is in; the mean does.
             self._add(0, dy.float() * weight, share)
 
-    def _add(self, side: int, rows: Tensor, share: float) -> None:
+    def _add(self, side: int, rows: Tensor | OneHot, share: float) -> None:
         if self.squares:
             total = self.squares[side] = self.squares[side].to(rows.device)
-            total.add_(rows.square().sum(dim=0), alpha=share)
+            squares = rows.counts(len(total)) if isinstance(rows, OneHot) else rows.square().sum(dim=0)
+            total.add_(squares, alpha=share)
         if self.sketches:
             # rows^T (rows Omega): the covariance itself would be `features` squared.
             total = self.sketches[side] = self.sketches[side].to(rows.device)
-            total.addmm_(rows.T, rows @ self._test_matrix(side, rows.device), alpha=share)
+            add_product(total, rows, rows @ self._test_matrix(side, rows.device), share)
 
     def _test_matrix(self, side: int, device: torch.device) -> Tensor:
         return gaussian(self.shape[side], self.columns[side], self.seed + _SEEDS + side, device)

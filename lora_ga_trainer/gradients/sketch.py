@@ -43,6 +43,7 @@ from ..engines.devices import to_fp32, to_fp64
 from ..maths.inits import INITS
 from ..maths.recovery import HELD_OUT, TopSVD, merge, recover
 from .accumulator import Accumulator, ExactGradient, add_product, cast, gaussian, stack, to_one_dtype
+from .rows import OneHot
 
 
 _STACKED_BYTES = 2**26  # that the work on one stack may take, a single layer more; 2**28 was slower on a CPU
@@ -86,9 +87,9 @@ class SketchedGradient(Accumulator):
             self._draw(self.Psi.shape[0], self.Omega.shape[0], device)
         self.S, self.Y, self.Z = self.S.to(device), self.Y.to(device), self.Z.to(device)
 
-    def add(self, x: Tensor, dy: Tensor, weight: float) -> None:
+    def add(self, x: Tensor | OneHot, dy: Tensor, weight: float) -> None:
         x, dy = to_one_dtype(x, dy)
-        self.compute_in(x.dtype)
+        self.compute_in(dy.dtype)
         add_product(self.Y, dy, x @ self.Omega, weight)  # G Omega = sum dy^T (x Omega)
         add_product(self.Z, x, dy @ self.Psi, weight)  # G^T Psi = sum x^T (dy Psi)
 

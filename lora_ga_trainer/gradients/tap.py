@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .rows import rows_of
+from .rows import OneHot, rows_of
 
 
 # (index of the module, x (N, in), dy (N, out), whether they are those of the module's own call)
-Sink = Callable[[int, Tensor, Tensor, bool], None]
+Sink = Callable[[int, Tensor | OneHot, Tensor, bool], None]
 ParameterSink = Callable[[int, Tensor], None]  # (index of the parameter, dL/dW in the shape of W)
 
 
@@ -113,11 +113,12 @@ def tapped(
     weights need nothing special.
 
     Args:
-        modules: by name, layers that map `(..., in)` to `(..., out)`, or convolutions, and take the input as first
-            argument.
-        sink: called in the backward pass with the module's index, `x` and `dy` flattened to two dimensions and in the
-            dtypes of the forward and backward pass, and `True`. A pair that is owed to an inner gradient in the loss
-            is no input and output gradient of the module; it comes with `False`.
+        modules: by name, layers that map `(..., in)` to `(..., out)`, convolutions or embeddings, which take the input
+            as first argument.
+        sink: called in the backward pass with the module's index, `x` and `dy` flattened to two dimensions (the input
+            of an embedding as one-hot rows) and in the dtypes of the forward and backward pass, and `True`. A pair
+            that is owed to an inner gradient in the loss is no input and output gradient of the module; it comes with
+            `False`.
         counts: asked with the module's index, in the forward pass, whether this call is to be shown.
 
     Raises:

@@ -12,9 +12,9 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers.training_args import OptimizerNames
 
-from ..adapters.conv import AdaptedConv
 from ..adapters.find import find_adapted_layers
-from ..adapters.parameter import AdaptedExperts
+from ..adapters.layer import AdaptedLayer
+from ..adapters.parameter import AdaptedExperts, AdaptedParameter
 from ..adapters.storage import anchored_parameter_names
 from .adamw import STATE_DTYPES, LoRAProAdamW
 from .wrapper import LoRAProOptimizer
@@ -110,11 +110,13 @@ def make_riemannian(request: BuildRequest) -> Optimizer:
             f"{request.setting}: {bare[0]} is a parameter of `target_parameters`, whose stored factors mix the ranks "
             "of all experts. Leave it out, or leave riemannian_reg unset."
         )
-    convolutions = [layer.name for layer in layers if isinstance(layer, AdaptedConv)]
-    if convolutions:
+    others = [
+        layer.name for layer in layers if type(layer) is not AdaptedLayer and not isinstance(layer, AdaptedParameter)
+    ]
+    if others:
         raise ValueError(
-            f"{request.setting}: {convolutions[0]} is a convolution, whose factors PEFT's optimizer would step "
-            "without preconditioning them. Leave it out of `target_modules`, or leave riemannian_reg unset."
+            f"{request.setting}: {others[0]} is a convolution or an embedding, whose factors PEFT's optimizer leaves "
+            "without preconditioning. Leave it out of `target_modules`, or leave riemannian_reg unset."
         )
     anchored = sorted(anchored_parameter_names(request.model))
     if anchored:

@@ -55,7 +55,8 @@ def export_adapter(model: nn.Module, folder: str | os.PathLike[str], rank: int) 
     for layer in layers:
         B, A, lost_here, whole_here = _truncate(layer, rank)
         key = f"base_model.model.{layer.key}"
-        tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = A, B
+        name_A, name_B = layer.factor_names
+        tensors[f"{key}.{name_A}"], tensors[f"{key}.{name_B}"] = A, B
         if f"{key}.lora_B.bias" in tensors:
             tensors[f"{key}.lora_B.bias"] = layer.scaling * tensors[f"{key}.lora_B.bias"]
         errors[layer.name] = (lost_here / whole_here) ** 0.5 if whole_here > 0 else 0.0
@@ -70,15 +71,15 @@ def export_adapter(model: nn.Module, folder: str | os.PathLike[str], rank: int) 
 
 def _truncate(layer: AdaptedLayer, rank: int) -> tuple[Tensor, Tensor, float, float]:
     """Return `B (out, rank)`, `A (rank, in)` as stored, and the energy lost and whole of PEFT's `scaling * B A`."""
-    Q_b, R_b = torch.linalg.qr(layer.lora_B.weight.double().flatten(1))  # (out, k), (k, k)
-    Q_a, R_a = torch.linalg.qr(layer.lora_A.weight.double().flatten(1).T)  # (in, k), (k, k)
+    Q_b, R_b = torch.linalg.qr(layer.stored_B.double().flatten(1))  # (out, k), (k, k)
+    Q_a, R_a = torch.linalg.qr(layer.stored_A.double().flatten(1).T)  # (in, k), (k, k)
     U, S, Vt = torch.linalg.svd(layer.scaling * R_b @ R_a.T, full_matrices=False)
     root = S[:rank].sqrt()
     B, A = (Q_b @ U[:, :rank]) * root, root[:, None] * (Q_a @ Vt[:rank].T).T
     short = rank - root.shape[0]
     B, A = torch.nn.functional.pad(B, (0, short)), torch.nn.functional.pad(A, (0, 0, 0, short))
     energy = S.square()
-    dtype = layer.lora_A.weight.dtype
+    dtype = layer.stored_A.dtype
     A, B = layer.as_stored(A.to(dtype), B.to(dtype))
     return B, A, energy[rank:].sum().item(), energy.sum().item()
 

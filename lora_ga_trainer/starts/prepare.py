@@ -102,6 +102,7 @@ def prepare_adapter(model: nn.Module, config: LoRAGAConfig, optimizer: torch.opt
         return
     _require_plain_start(adapter, host.config, layers)
     _require_plain_step(adapter, layers)
+    _require_own_factors(layers)
     if optimizer is not None and INITS[config.init].anchored:
         raise ValueError(
             "An optimizer exists already; it would keep training parameters that an anchored adapter replaces. Pass "
@@ -172,6 +173,21 @@ def _require_plain_step(adapter: str, layers: list[AdaptedLayer]) -> None:
                 "is not `W + s B A`. A gradient-aligned start is defined for plain LoRA and DoRA: leave the variant "
                 "out of the LoraConfig, or use LoRAGAConfig(init='none')."
             )
+
+
+def _require_own_factors(layers: list[AdaptedLayer]) -> None:
+    """Refuse factors that PEFT has made views of another layer's: a start of one would overwrite the other's."""
+    owners: dict[int, str] = {}
+    for layer in layers:
+        for factor in (layer.stored_A, layer.stored_B):
+            place = factor.data_ptr()
+            owner = owners.setdefault(place, layer.name)
+            if place and owner != layer.name:
+                raise ValueError(
+                    f"Layer {layer.name}: its factors share their memory with those of {owner}, and one start would "
+                    "overwrite the other. Use ensure_weight_tying=False in the LoraConfig, or "
+                    "LoRAGAConfig(init='none')."
+                )
 
 
 def _require_same_start(adapter: str, record: StartRecord, config: LoRAGAConfig) -> None:
