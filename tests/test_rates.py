@@ -329,6 +329,19 @@ def test_a_loss_of_rewards_is_refused(tmp_path):
     make_trainer(tmp_path, kind=Rewarded)
 
 
+def test_a_loss_of_classes_is_refused(tmp_path):
+    trainer = make_trainer(
+        tmp_path,
+        {"learning_rate": "auto"},
+        model=tiny.bert(),
+        lora={"target_modules": ["query"], "modules_to_save": ["classifier"]},
+        rows=tiny.class_rows(ROWS),
+        eval_strategy="no",
+    )
+    with pytest.raises(ValueError, match=r"labels of shape \(4,\)"):
+        trainer.train()
+
+
 def test_a_rate_of_zero_and_a_schedule_of_ones_own_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"learning_rate=0\.0 must be greater"):
         make_trainer(tmp_path, {"learning_rate": "auto"}, learning_rate=0.0)
