@@ -177,22 +177,53 @@ def lora_pro_reference(A, B, G, s):  # A (r, in), B (out, r), G (out, in) -> (ou
     return s * (B @ dA + dB @ A)
 
 
-def lora_pro_correction_reference(A, B, gA, gB, s):  # (r, in), (out, r), (r, in), (out, r) -> dA, dB
-    """Return the corrected gradients of Theorem 2.1 with the `X` of Theorem 2.3, for factors of full rank.
+def shortest_length(A):  # A (r, in) -> float
+    """Return the length of `A` in its shortest direction, without those in which it has none."""
+    lengths = torch.linalg.svdvals(A.double()).tolist()
+    return min((length for length in lengths if length > 1e-6 * lengths[0]), default=0.0)
 
-    The Sylvester equation `B^T B X + X A A^T = C` is solved as one linear system: with row-major vec,
-    `vec(M X) = (M x I) vec(X)` and `vec(X N) = (I x N^T) vec(X)`.
+
+def soft_projection_B(A, B):  # A (r, in), B (out, r) -> H (out, out)
+    """Return the projection onto the columns of `B`, weaker where `B` is shorter than `A` at its shortest.
+
+    Not of the paper: a singular direction of length `l` counts with `min(1, (l / a)^2)`.
+    """
+    a = shortest_length(A)
+    U, lengths, _ = torch.linalg.svd(B.double(), full_matrices=False)
+    H = torch.zeros(len(B), len(B), dtype=torch.float64)
+    for i, length in enumerate(lengths.tolist()):
+        if length > 1e-9 * a and length > 1e-6 * float(lengths[0]):
+            H += (1.0 if length >= a else (length / a) ** 2) * torch.outer(U[:, i], U[:, i])
+    return H
+
+
+def lora_pro_damped_reference(A, B, G):  # A (r, in), B (out, r), G (out, in) -> (out, in)
+    """Return the step `H G + (I - H) G P_A`: that of Theorem 2.1 with the soft projection in place of `P_B`."""
+    H = soft_projection_B(A, B)
+    return H @ G.double() + (G.double() - H @ G.double()) @ projection_A(A)
+
+
+def lora_pro_correction_reference(A, B, gA, gB, s):  # (r, in), (out, r), (r, in), (out, r) -> dA, dB
+    """Return the corrected gradients of Theorem 2.1 with the `X` nearest to `gA`, `gB`, for an `A` of full rank.
+
+    The inverse of `B^T B` takes no direction of `B` as shorter than `A` at its shortest (not of the paper).
+    `X` makes `|dA - gA|^2 + |dB - gB|^2` least (the paper's Theorem 2.3): its derivative there is
+    `(dA - gA) A^T - B^T (dB - gB) = 0`. That is `B^T B X + X A A^T = C`, solved as one linear system: with row-major
+    vec, `vec(M X) = (M x I) vec(X)` and `vec(X N) = (I x N^T) vec(X)`.
     """
     r = A.shape[0]
     gram_B, gram_A = B.T @ B, A @ A.T
-    inverse_B, inverse_A = torch.linalg.inv(gram_B), torch.linalg.inv(gram_A)
+    squares, V = torch.linalg.eigh(gram_B)
+    inverse_B = torch.zeros_like(gram_B)
+    for i in range(r):
+        inverse_B += torch.outer(V[:, i], V[:, i]) / max(float(squares[i]), shortest_length(A) ** 2)
+    dA = inverse_B @ gA / s**2
+    dB = (gB - B @ inverse_B @ B.T @ gB) @ torch.linalg.inv(gram_A) / s**2
     identity = torch.eye(r, dtype=torch.float64)
-    C = -inverse_B @ gA @ A.T / s**2
+    C = B.T @ (dB - gB) - (dA - gA) @ A.T
     system = torch.kron(gram_B, identity) + torch.kron(identity, gram_A)
     X = torch.linalg.solve(system, C.reshape(-1)).reshape(r, r)
-    dA = inverse_B @ gA / s**2 + X @ A
-    dB = (gB - B @ inverse_B @ B.T @ gB) @ inverse_A / s**2 - B @ X
-    return dA, dB
+    return dA + X @ A, dB - B @ X
 
 
 def lora_pro_adamw_reference(A, B, gradients, s, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):  # -> A, B

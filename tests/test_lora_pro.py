@@ -6,9 +6,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import lora_pro_reference, projection_A, projection_B
+from reference import (
+    lora_pro_correction_reference,
+    lora_pro_damped_reference,
+    lora_pro_reference,
+    projection_A,
+    projection_B,
+    shortest_length,
+)
 
 from lora_ga_trainer import correct_gradients
+from lora_ga_trainer.maths.factors import lora_ga_factors, lora_one_factors
 
 
 CLOSE = {"rtol": 1e-8, "atol": 1e-9}
@@ -23,6 +31,18 @@ def case(out, in_, r, s=1.0, seed=0, scale_A=1.0, scale_B=1.0, scale_G=1.0):
     return A, B, G, s * B.T @ G, s * G @ A.T
 
 
+def reaching(A, B):
+    """`B` with no direction shorter than `A` at its shortest: there the theorem holds as it stands."""
+    U, lengths, Vt = torch.linalg.svd(B, full_matrices=False)
+    return U @ torch.diag(lengths.clamp(min=1.001 * shortest_length(A))) @ Vt
+
+
+def reaching_case(out, in_, r, s=1.0, seed=0):
+    A, B, G, _, gB = case(out, in_, r, s, seed)
+    B = reaching(A, B)
+    return A, B, G, s * B.T @ G, gB
+
+
 def equivalent(A, B, dA, dB, s):
     return s * (B @ dA + dB @ A)
 
@@ -30,17 +50,90 @@ def equivalent(A, B, dA, dB, s):
 shapes = st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 6))
 scalings = st.floats(1 / 32, 32)
 seeds = st.integers(0, 2**31)
+lengths = st.sampled_from([1e-12, 1e-6, 1e-3, 0.1, 0.5, 1.0, 30.0])
 
 
 @settings(deadline=None, max_examples=60)
 @given(shapes, scalings, seeds)
 def test_the_step_is_the_nearest_to_the_full_gradient(shape, s, seed):
-    """`s (B dA + dB A) = P_B G + (I - P_B) G P_A`, and it solves the least-squares problem of the theorem."""
-    A, B, G, gA, gB = case(*shape, s=s, seed=seed)
+    """`s (B dA + dB A) = P_B G + (I - P_B) G P_A`, and it solves the least-squares problem of the theorem.
+
+    By default where `B` is as long as `A`, with `floor=0` always.
+    """
+    for made, floor in ((reaching_case, {}), (case, {"floor": 0.0})):
+        A, B, G, gA, gB = made(*shape, s=s, seed=seed)
+        ours = equivalent(A, B, *correct_gradients(A, B, gA, gB, s, **floor), s)
+        P_B, P_A = projection_B(B), projection_A(A)
+        torch.testing.assert_close(ours, P_B @ G + (G - P_B @ G) @ P_A, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(ours, lora_pro_reference(A, B, G, s), rtol=1e-5, atol=1e-6)
+
+
+@settings(deadline=None, max_examples=60)
+@given(shapes, scalings, seeds, lengths)
+def test_where_B_is_short_its_projection_is_soft(shape, s, seed, scale_B):
+    """`s (B dA + dB A) = H G + (I - H) G P_A`, whatever the length of `B`."""
+    A, B, G, gA, gB = case(*shape, s=s, seed=seed, scale_B=scale_B)
     ours = equivalent(A, B, *correct_gradients(A, B, gA, gB, s), s)
-    P_B, P_A = projection_B(B), projection_A(A)
-    torch.testing.assert_close(ours, P_B @ G + (G - P_B @ G) @ P_A, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(ours, lora_pro_reference(A, B, G, s), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours, lora_pro_damped_reference(A, B, G), rtol=1e-5, atol=1e-6)
+
+
+@settings(deadline=None, max_examples=30)
+@given(scalings, seeds, lengths)
+def test_both_corrected_gradients_are_those_of_the_slow_twin(s, seed, scale_B):
+    A, B, _, gA, gB = case(9, 7, 3, s=s, seed=seed, scale_B=scale_B)
+    twin = lora_pro_correction_reference(A, B, gA, gB, s)
+    size = torch.cat([change.flatten() for change in twin]).norm().item()
+    for ours, theirs in zip(correct_gradients(A, B, gA, gB, s), twin, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9 * size)
+
+
+@settings(deadline=None, max_examples=40)
+@given(shapes, scalings, seeds, lengths)
+def test_they_are_never_much_longer_than_the_plain_gradients(shape, s, seed, scale_B):
+    """`|(dA, dB)| <= (2 + 1 / (s a)^2) |(gA, gB)|`, `a` the length of `A` at its shortest: no `1 / |B|` in it."""
+    A, B, _, gA, gB = case(*shape, s=s, seed=seed, scale_B=scale_B)
+    dA, dB = correct_gradients(A, B, gA, gB, s)
+    bound = (2 + (s * shortest_length(A)) ** -2) * (gA.square().sum() + gB.square().sum()).sqrt()
+    assert (dA.square().sum() + dB.square().sum()).sqrt() <= 1.0001 * bound
+
+
+def test_they_tend_to_those_of_plain_loras_start():
+    """As `B` goes to 0 in proportion to `t`, `dA` goes to 0 and `dB` to `G A^T (A A^T)^-1 / s`, both as `t` does."""
+    A, B, G, _, gB = case(6, 8, 3, s=2.0)
+    limit = G @ A.T @ torch.linalg.inv(A @ A.T) / 2.0
+    found = []
+    for t in (1e-3, 1e-6):
+        dA, dB = correct_gradients(A, t * B, 2.0 * t * B.T @ G, gB, 2.0)
+        found.append((dA / t, (dB - limit) / t))
+    for near, nearer in zip(*found, strict=True):
+        assert 0 < near.norm() < 10
+        torch.testing.assert_close(near, nearer, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("start", ["lora_ga", "lora_one"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_starts_from_a_gradient_are_not_damped(start, dtype):
+    """Their factors are equally long, so the floor changes nothing but rounding."""
+    _, _, G, _, _ = case(24, 16, 1)
+    U, S, Vt = torch.linalg.svd(G, full_matrices=False)
+    factors = lora_ga_factors(U, S, Vt, 4) if start == "lora_ga" else lora_one_factors(U, S, Vt, 4)
+    B, A = (factor.to(dtype) for factor in factors)
+    new = case(24, 16, 1, seed=1)[2].to(dtype)
+    given_gradients = A, B, 2.0 * B.T @ new, 2.0 * new @ A.T, 2.0
+    damped, bare = correct_gradients(*given_gradients), correct_gradients(*given_gradients, floor=0.0)
+    for ours, theorems in zip(damped, bare, strict=True):
+        assert (ours - theorems).norm() <= 8 * torch.finfo(dtype).eps * theorems.norm()
+
+
+@pytest.mark.parametrize("k", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("s", [0.1, 1.0, 10.0])
+def test_the_step_does_not_depend_on_units(k, s):
+    """Both factors `k` times as long, or another scaling: the same step, also where `B` is short."""
+    A, B, G, gA, gB = case(8, 6, 3, scale_B=0.3)
+    first = equivalent(A, B, *correct_gradients(A, B, gA, gB, 1.0), 1.0)
+    A, B = k * A, k * B
+    second = equivalent(A, B, *correct_gradients(A, B, s * B.T @ G, s * G @ A.T, s), s)
+    torch.testing.assert_close(first, second, **CLOSE)
 
 
 @settings(deadline=None, max_examples=30)
@@ -53,23 +146,31 @@ def test_X_is_the_one_nearest_to_the_plain_gradients(s, seed):
     torch.testing.assert_close(slope, torch.zeros_like(slope), rtol=0, atol=1e-7 * (gA.norm() * A.norm()).item())
 
 
-@settings(deadline=None, max_examples=30)
-@given(shapes, scalings, seeds)
-def test_the_loss_decreases_to_first_order(shape, s, seed):
-    """`<gA, dA> + <gB, dB> = |s (B dA + dB A)|^2`: the slope of the loss is minus that, never positive."""
-    A, B, _, gA, gB = case(*shape, s=s, seed=seed)
-    dA, dB = correct_gradients(A, B, gA, gB, s)
-    slope = (gA * dA).sum() + (gB * dB).sum()
-    torch.testing.assert_close(slope, equivalent(A, B, dA, dB, s).square().sum(), rtol=1e-5, atol=1e-8)
+@settings(deadline=None, max_examples=60)
+@given(shapes, scalings, seeds, lengths)
+def test_the_loss_decreases_to_first_order(shape, s, seed, scale_B):
+    """`<gA, dA> + <gB, dB> >= |s (B dA + dB A)|^2`, equal where `B` is long: the slope of the loss is minus that."""
+    for reach in (False, True):
+        A, B, G, gA, gB = case(*shape, s=s, seed=seed, scale_B=scale_B)
+        if reach:
+            B = reaching(A, B)
+            gA = s * B.T @ G
+        dA, dB = correct_gradients(A, B, gA, gB, s)
+        slope = (gA * dA).sum() + (gB * dB).sum()
+        square = equivalent(A, B, dA, dB, s).square().sum()
+        assert slope >= square * (1 - 1e-5) - 1e-8
+        if reach:
+            torch.testing.assert_close(slope, square, rtol=1e-5, atol=1e-8)
 
 
 @settings(deadline=None, max_examples=30)
 @given(seeds)
 def test_the_step_does_not_depend_on_how_the_product_is_split(seed):
-    A, B, G, gA, gB = case(8, 6, 3, s=2.0, seed=seed)
+    """As long as neither split makes `B` shorter than `A`."""
+    A, B, G, gA, gB = reaching_case(8, 6, 3, s=2.0, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     U, _, Vt = torch.linalg.svd(torch.randn(3, 3, generator=generator, dtype=torch.float64))
-    R = U @ torch.diag(torch.tensor([30.0, 1.0, 0.05], dtype=torch.float64)) @ Vt
+    R = U @ torch.diag(torch.tensor([90.0, 3.0, 1.0], dtype=torch.float64)) @ Vt
     A2, B2 = torch.linalg.inv(R) @ A, B @ R
     first = equivalent(A, B, *correct_gradients(A, B, gA, gB, 2.0), 2.0)
     second = equivalent(A2, B2, *correct_gradients(A2, B2, 2.0 * B2.T @ G, 2.0 * G @ A2.T, 2.0), 2.0)
@@ -78,7 +179,7 @@ def test_the_step_does_not_depend_on_how_the_product_is_split(seed):
 
 @pytest.mark.parametrize(("out", "in_"), [(4, 7), (7, 4), (4, 4)])
 def test_full_rank_gives_back_the_gradient(out, in_):
-    A, B, G, gA, gB = case(out, in_, 4, s=0.5)
+    A, B, G, gA, gB = reaching_case(out, in_, 4, s=0.5)
     torch.testing.assert_close(equivalent(A, B, *correct_gradients(A, B, gA, gB, 0.5), 0.5), G, **CLOSE)
 
 
@@ -100,7 +201,7 @@ def test_rank_deficient_factors_project_on_what_they_reach(seed, rank_A, rank_B,
     mix = lambda k: torch.randn(4, k, generator=generator, dtype=torch.float64)
     A, B = mix(rank_A) @ A[:rank_A], B[:, :rank_B] @ mix(rank_B).T
     dA, dB = correct_gradients(A, B, s * B.T @ G, s * G @ A.T, s)
-    torch.testing.assert_close(equivalent(A, B, dA, dB, s), lora_pro_reference(A, B, G, s), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(equivalent(A, B, dA, dB, s), lora_pro_damped_reference(A, B, G), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("scale_A", [1e-10, 1.0, 1e10])
@@ -108,12 +209,11 @@ def test_rank_deficient_factors_project_on_what_they_reach(seed, rank_A, rank_B,
 @pytest.mark.parametrize("scale_G", [1e-10, 1.0, 1e10])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
 def test_scales(scale_A, scale_B, scale_G, dtype, tolerance):
-    """Factors and gradients of any size give the same projection; the pseudo-inverse cuts relative, not absolute."""
+    """Factors and gradients of any size; of `A` and `B` only the relative size matters."""
     A, B, G, gA, gB = case(7, 9, 3, s=0.25, scale_A=scale_A, scale_B=scale_B, scale_G=scale_G)
     dA, dB = correct_gradients(*(tensor.to(dtype) for tensor in (A, B, gA, gB)), 0.25)
     ours = equivalent(A, B, dA.double(), dB.double(), 0.25)
-    P_B = projection_B(B)
-    target = P_B @ G + (G - P_B @ G) @ projection_A(A)
+    target = lora_pro_damped_reference(A, B, G)
     assert (ours - target).norm() <= tolerance * target.norm()
 
 

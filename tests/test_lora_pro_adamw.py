@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from reference import lora_pro_adamw_reference
+from test_lora_pro import reaching
 from test_lora_pro_wrapper import MODELS, anchored, backward, batch, llama, rows_for, same, trainable, values
 from torch import nn
 
@@ -28,14 +29,16 @@ class One(nn.Module):
         return self.layer(x)
 
 
-def one_layer(out, in_, r, alpha=2.0, seed=0):
-    """A single adapted fp64 layer with random factors."""
+def one_layer(out, in_, r, alpha=2.0, seed=0, zero=False):
+    """A single adapted fp64 layer with random factors; `B` is as long as `A` in every direction, or zero."""
     model = get_peft_model(One(out, in_), LoraConfig(r=r, lora_alpha=alpha, target_modules=["layer"]))
     (layer,) = find_adapted_layers(model)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in (layer.lora_A.weight, layer.lora_B.weight):
             p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64))
+        B = layer.lora_B.weight
+        B.copy_(torch.zeros_like(B) if zero else reaching(layer.lora_A.weight, B))
     return model, layer
 
 
@@ -87,8 +90,9 @@ def test_at_full_rank_a_step_is_adamws_with_a_quadratic_remainder(shape, seed, w
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
 @pytest.mark.parametrize("alpha", [1.5, 12.0])
-def test_it_walks_the_path_of_the_slow_twin(weight_decay, alpha):
-    model, layer = one_layer(7, 5, 3, alpha)
+@pytest.mark.parametrize("zero", [False, True])
+def test_it_walks_the_path_of_the_slow_twin(weight_decay, alpha, zero):
+    model, layer = one_layer(7, 5, 3, alpha, zero=zero)
     target = torch.randn(7, 5, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     options = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": weight_decay}
     calls = iter(range(40))
@@ -107,6 +111,39 @@ def test_it_walks_the_path_of_the_slow_twin(weight_decay, alpha):
         optimizer.step()
     torch.testing.assert_close(layer.lora_A.weight.detach(), A, rtol=1e-7, atol=1e-9)
     torch.testing.assert_close(layer.lora_B.weight.detach(), B, rtol=1e-7, atol=1e-9)
+
+
+def walk_from_zero(lr, steps, warmup):
+    """Take steps towards a target from `B = 0`. Yields the factors before and after each, and the largest rate."""
+    model, layer = one_layer(24, 16, 3, zero=True)
+    target = torch.randn(24, 16, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    optimizer = LoRAProAdamW(trainable(model), model)
+    for t in range(1, steps + 1):
+        optimizer.param_groups[0]["lr"] = lr * min(1.0, t / warmup)
+        before = layer.lora_A.weight.detach().clone(), layer.lora_B.weight.detach().clone()
+        give(layer, delta(layer) - target)
+        optimizer.step()
+        yield before, (layer.lora_A.weight.detach().clone(), layer.lora_B.weight.detach().clone()), layer.s
+
+
+@pytest.mark.parametrize("warmup", [1, 10])
+def test_from_zero_the_change_of_A_goes_to_zero_with_the_rate(warmup):
+    """In the first step with `B` other than 0 too, where `dA` of the bare theorem is as long as `1 / rate`."""
+    changes = []
+    for lr in (1e-3, 1e-4, 1e-9):
+        walk = list(walk_from_zero(lr, 4, warmup))
+        (A0, _), (_, (A1, _), _) = walk[0][0], walk[-1]
+        changes.append(((A1 - A0).norm() / A0.norm()).item())
+    assert 0 < changes[1] <= changes[0] / 9
+    assert changes[0] < 0.05
+    assert changes[2] < 1e-9
+
+
+def test_from_zero_the_realised_step_is_the_promised_one():
+    """The change of `s B A` is that to first order in the steps: `s dB dA` stays small beside it from step one."""
+    for (A0, B0), (A1, B1), s in walk_from_zero(1e-3, 30, 10):
+        promised = s * (B0 @ (A1 - A0) + (B1 - B0) @ A0)
+        assert (s * (B1 @ A1 - B0 @ A0) - promised).norm() <= 0.02 * promised.norm()
 
 
 @pytest.mark.parametrize("name", MODELS)

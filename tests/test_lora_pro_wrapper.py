@@ -9,7 +9,7 @@ import tiny
 import torch
 from torch import nn
 
-from lora_ga_trainer import LoRAGAConfig, LoRAProOptimizer, correct_gradients
+from lora_ga_trainer import LoRAGAConfig, LoRAProAdamW, LoRAProOptimizer, correct_gradients
 from lora_ga_trainer.adapters.find import find_adapted_layers
 from lora_ga_trainer.starts.prepare import prepare_adapter
 
@@ -89,6 +89,52 @@ def test_sgd_steps_by_the_corrected_gradient_of_every_pair_and_the_plain_one_of_
     for p, value in expected.items():
         torch.testing.assert_close(p.detach(), value, rtol=1e-3, atol=1e-4 * value.abs().max().item())
         assert torch.equal(p.grad, raw[p])
+
+
+def test_from_the_plain_start_adams_second_moment_of_A_is_not_left_huge():
+    """From `B = 0` under Adam `A` moves as without the correction: no first steps are so long that they freeze it."""
+    moved = {}
+    for corrected in (False, True):
+        model = tiny.with_lora(tiny.llama())
+        optimizer = torch.optim.AdamW(trainable(model), lr=1e-3)
+        if corrected:
+            optimizer = LoRAProOptimizer(optimizer, model)
+        layers = find_adapted_layers(model)
+        starts = [layer.lora_A.weight.detach().clone() for layer in layers]
+        for step in range(60):
+            optimizer.param_groups[0]["lr"] = 1e-3 * min(1.0, (step + 1) / 10)
+            optimizer.zero_grad()
+            backward(model)
+            optimizer.step()
+        changes = [(layer.lora_A.weight - A).norm().item() for layer, A in zip(layers, starts, strict=True)]
+        moved[corrected] = sum(changes)
+    assert moved[True] == pytest.approx(moved[False], rel=0.25)
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.5])
+def test_the_floor_is_that_of_the_correction(floor):
+    model = tiny.with_lora(tiny.llama())
+    layer = find_adapted_layers(model)[0]
+    with torch.no_grad():
+        layer.lora_B.weight.fill_(1e-3)
+    optimizer = LoRAProOptimizer(torch.optim.SGD(trainable(model), lr=0.5), model, floor=floor)
+    backward(model)
+    A, B = layer.lora_A.weight, layer.lora_B.weight
+    before = A.detach().clone()
+    dA, _ = correct_gradients(before, B.detach(), A.grad, B.grad, layer.s, floor)
+    optimizer.step()
+    torch.testing.assert_close(A.detach(), before - 0.5 * dA, rtol=1e-4, atol=1e-6 * dA.abs().max().item())
+
+
+@pytest.mark.parametrize("floor", [-1.0, float("nan"), float("inf")])
+def test_a_floor_out_of_range_is_refused(floor):
+    model = llama()
+    for build in (
+        lambda: LoRAProOptimizer(torch.optim.SGD(trainable(model), lr=0.5), model, floor=floor),
+        lambda: LoRAProAdamW(trainable(model), model, floor=floor),
+    ):
+        with pytest.raises(ValueError, match=f"floor={floor} must be a finite number of at least 0"):
+            build()
 
 
 def test_the_number_of_launches_does_not_grow_with_the_layers():

@@ -12,8 +12,8 @@ from torch.optim.adamw import adamw
 
 from ..adapters.layer import AdaptedLayer
 from ..engines.parameters import row_shard
-from ..maths.lora_pro import GramEigen
-from .batches import PairBatch, batch_pairs, each_corrected, require_finite
+from ..maths.lora_pro import FLOOR, GramEigen
+from .batches import PairBatch, batch_pairs, each_corrected, require_finite, require_floor
 from .moments import equivalent_gradient, project_step, store_moment
 from .pairs import pairs_with_gradients, trained_pairs
 
@@ -41,7 +41,8 @@ class LoRAProAdamW(Optimizer):
     moments of `G~` and its step `U`, with the bias corrections of a step count that starts at 1; the weight decay
     `U + weight_decay * s B A`, of the net update and not of `A` and `B` each (in an anchored adapter
     `s (B A - B0 A0)`; the frozen `W` is never decayed); and the factors' step along the nearest `s (B dA + dB A)`
-    to that. Parameters outside pairs (a head, biases, DoRA's magnitude) get torch's AdamW.
+    to that. Near `B = 0` both are damped, see [`correct_gradients`], so `A` moves in proportion to the rate from the
+    first step. Parameters outside pairs (a head, biases, DoRA's magnitude) get torch's AdamW.
 
     Clip before the step; see [`LoRAProOptimizer`]. A pair of which a factor has no gradient is skipped.
 
@@ -53,6 +54,7 @@ class LoRAProAdamW(Optimizer):
             probability (of a fixed sequence in the step count), or a change of 0.1% in a step would always be lost.
         offload_state: keep the moments of pairs in the host's memory.
         error_if_nonfinite: raise on gradients that are not finite instead of passing them on, as torch does.
+        floor: of [`correct_gradients`]. 0 is the theorem as it stands, whose first step from `B = 0` rewrites `A`.
 
     Raises:
         `ValueError`: naming an option out of range, or a parameter that can't be corrected.
@@ -69,13 +71,16 @@ class LoRAProAdamW(Optimizer):
         state_dtype: torch.dtype = torch.float32,
         offload_state: bool = False,
         error_if_nonfinite: bool = False,
+        floor: float = FLOOR,
     ) -> None:
+        require_floor(floor, "LoRAProAdamW")
         if state_dtype not in STATE_DTYPES.values():
             raise ValueError(f"LoRAProAdamW: state_dtype={state_dtype} is not one of torch.float32, torch.bfloat16.")
         self.model = model
         self.state_dtype = state_dtype
         self.offload_state = offload_state
         self.error_if_nonfinite = error_if_nonfinite
+        self.floor = floor
         self.pairs: list[AdaptedLayer] = []  # until all groups have been added
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self._find_pairs()
@@ -145,7 +150,7 @@ class LoRAProAdamW(Optimizer):
         if self.error_if_nonfinite:
             require_finite(batches, "LoRAProAdamW")
         for batch, steps_A, steps_B in each_corrected(
-            batches, lambda b, eigen: self._step_of(b, eigen, groups[id(b)])
+            batches, lambda b, eigen: self._step_of(b, eigen, groups[id(b)]), self.floor
         ):
             torch._foreach_sub_(tuple(batch.weights_A), tuple(steps_A))
             torch._foreach_sub_(tuple(batch.weights_B), tuple(steps_B))

@@ -18,6 +18,7 @@ from ..adapters.layer import AdaptedLayer
 from ..engines.parameters import like_parameter, whole
 from ..maths.lora_pro import (
     CUTOFF,
+    FLOOR,
     GramEigen,
     apply_correction,
     cross_products,
@@ -88,7 +89,7 @@ def _stack(
     return PairBatch(pairs, weights_A, weights_B, A, B, gA, gB, s)
 
 
-def decompose_batches(batches: Sequence[PairBatch]) -> list[GramEigen]:
+def decompose_batches(batches: Sequence[PairBatch], floor: float = FLOOR) -> list[GramEigen]:
     """Decompose the Gram matrices of all batches, with one `eigh` for all layers of equal rank."""
     # A Gram matrix is r x r whatever the shape of its layer, so batches of different shapes share one call.
     ranks: dict[tuple[Any, ...], list[int]] = {}
@@ -99,7 +100,7 @@ def decompose_batches(batches: Sequence[PairBatch]) -> list[GramEigen]:
         grams = [gram_matrices(batches[i].A, batches[i].B) for i in indices]
         gram_A, gram_B = (torch.cat(side) for side in zip(*grams, strict=True))
         sizes = [len(batches[i].pairs) for i in indices]
-        parts = [part.split(sizes) for part in decompose(gram_A, gram_B, CUTOFF[dtype])]
+        parts = [part.split(sizes) for part in decompose(gram_A, gram_B, CUTOFF[dtype], floor)]
         found.update(zip(indices, (GramEigen(*members) for members in zip(*parts, strict=True)), strict=True))
     return [found[index] for index in range(len(batches))]
 
@@ -123,7 +124,7 @@ Correct = Callable[[PairBatch, GramEigen], tuple[Tensor, Tensor]]  # dA (L, r, i
 
 
 def each_corrected(
-    batches: Sequence[PairBatch], correct: Correct = correct_batch
+    batches: Sequence[PairBatch], correct: Correct = correct_batch, floor: float = FLOOR
 ) -> Iterator[tuple[PairBatch, Sequence[Tensor], Sequence[Tensor]]]:
     """
     Decompose the Gram matrices of all batches, correct each batch and bring the outcome to the stored form.
@@ -132,7 +133,7 @@ def each_corrected(
         The batch and, one for each pair, the changes of `lora_A.weight` and of `lora_B.weight`. A batch is computed
         when the one before it is done with, so the large buffers of one batch are alive at a time.
     """
-    for batch, eigen in zip(batches, decompose_batches(batches), strict=True):
+    for batch, eigen in zip(batches, decompose_batches(batches, floor), strict=True):
         yield batch, *stored_form(batch, *correct(batch, eigen))
 
 
@@ -155,6 +156,17 @@ def stored_form(
         [like_parameter(change, weight) for change, weight in zip(dAs, batch.weights_A, strict=True)],
         [like_parameter(change, weight) for change, weight in zip(dBs, batch.weights_B, strict=True)],
     )
+
+
+def require_floor(floor: float, who: str) -> None:
+    """
+    Check the floor of an optimizer, see [`correct_gradients`].
+
+    Raises:
+        `ValueError`: naming it.
+    """
+    if not 0.0 <= floor < float("inf"):
+        raise ValueError(f"{who}: floor={floor} must be a finite number of at least 0. The default is {FLOOR}.")
 
 
 def require_finite(batches: Sequence[PairBatch], who: str) -> None:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .batches import batch_pairs, each_corrected, require_finite
+from ..maths.lora_pro import FLOOR
+from .batches import batch_pairs, each_corrected, require_finite, require_floor
 from .pairs import pairs_with_gradients, trained_pairs
 
 
@@ -39,6 +40,8 @@ class LoRAProOptimizer(Optimizer):
     is split between its factors, and be huge while `B` is small. fp16 gradients must be unscaled first;
     `GradScaler.step` does that (and skips the step on overflow), as does Accelerate.
 
+    `B` counts as no shorter than `A` (see [`correct_gradients`]), so plain LoRA's `B = 0` is a sound start.
+
     A pair of which a factor has no gradient is left to `inner` as it is.
 
     Args:
@@ -46,17 +49,22 @@ class LoRAProOptimizer(Optimizer):
         model: the model that holds the factors; every adapter of which `inner` has both factors is corrected.
         error_if_nonfinite: raise on gradients that are not finite, at the cost of waiting for the device in each
             step. By default they are passed on, as torch does: that pair, and no other, becomes NaN.
+        floor: of [`correct_gradients`]. 0 is the theorem as it stands; do not use it with Adam from `B = 0`.
 
     Raises:
         `ValueError`: naming a parameter that can't be corrected.
         `TypeError`: if `inner` is not a torch optimizer.
     """
 
-    def __init__(self, inner: Optimizer, model: nn.Module, error_if_nonfinite: bool = False) -> None:
+    def __init__(
+        self, inner: Optimizer, model: nn.Module, error_if_nonfinite: bool = False, floor: float = FLOOR
+    ) -> None:
         _require_wrappable(inner)
+        require_floor(floor, "LoRAProOptimizer")
         self.inner = inner
         self.model = model
         self.error_if_nonfinite = error_if_nonfinite
+        self.floor = floor
         # Optimizer.__init__ would make groups and a state of its own beside those of `inner`. This sets up hooks only.
         super().__setstate__({})
         # Hooks on state_dict() are called by `inner`, whose state_dict() it is. So both share the same hooks.
@@ -152,7 +160,7 @@ class LoRAProOptimizer(Optimizer):
         if self.error_if_nonfinite:
             require_finite(batches, "LoRAProOptimizer")
         corrections: list[tuple[nn.Parameter, Tensor]] = []
-        for batch, dAs, dBs in each_corrected(batches):
+        for batch, dAs, dBs in each_corrected(batches, floor=self.floor):
             corrections += zip(batch.weights_A, dAs, strict=True)
             corrections += zip(batch.weights_B, dBs, strict=True)
         return corrections
