@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from clients import adapters, models, trainers, trl_trainers
+from clients import adapters, models, sentences, trainers, trl_trainers
 from clients.client import Client
 from clients.runs import WAYS, make_trainer, run, verdict
 
@@ -39,7 +39,9 @@ what the runs give.
 **refused** means an error that says why, before training begins. *n layers start plain* counts adapted layers that the
 loss never reaches.
 """
-CATALOGUE: dict[str, list[Client]] = models.CLIENTS | trainers.CLIENTS | adapters.CLIENTS | trl_trainers.CLIENTS
+CATALOGUE: dict[str, list[Client]] = (
+    models.CLIENTS | trainers.CLIENTS | adapters.CLIENTS | trl_trainers.CLIENTS | sentences.CLIENTS
+)
 
 
 def every_client() -> Iterator[Client]:
