@@ -67,19 +67,7 @@ def dataset(count: int, *columns: str, seed: int = 1) -> Dataset:
 
 def settings(folder: Any, **changes: Any) -> dict[str, Any]:
     """Arguments of any TRL config for a short run on the CPU whose every step is logged."""
-    return {
-        "output_dir": str(folder),
-        "max_steps": 2,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-3,
-        "report_to": [],
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "use_cpu": True,
-        "bf16": False,
-        "disable_tqdm": True,
-        "seed": 3,
-    } | changes
+    return tiny.settings(folder, **({"max_steps": 2, "bf16": False} | changes))
 
 
 def save_model(folder: Path) -> Path:
