@@ -173,7 +173,7 @@ class _Found(Exception):
 
 def find_learning_rate(trainer: Trainer) -> RateReport:
     """
-    Find a learning rate for a trainer without training: what `LoRAGAConfig(learning_rate="auto")` would train with.
+    Find a learning rate for a trainer without training: what `LoRAGAConfig(find_learning_rate=True)` would train with.
 
         report = find_learning_rate(trainer)
         trainer.args.learning_rate = report.learning_rate

@@ -91,8 +91,8 @@ class LoRAGAConfig:
         sketch_size: Columns k of the sketch, at least as many as the init uses directions: 2r for LoRA-GA, r for
             LoRA-One. Default: 4 times as many, at the largest rank;
             lora_ga_trainer.gradients.sketch says what each size keeps.
-        learning_rate: None: that of the training arguments. 'auto': one that is found when training begins, from the
-            loss along the optimizer's first updates; it replaces that of the training arguments.
+        find_learning_rate: Find the learning rate when training begins, from the loss along the optimizer's first
+            updates. It replaces that of the training arguments. For losses that predict tokens.
         correction: How the optimizer corrects the adapter's gradients (LoRA-Pro, arXiv 2407.18242). 'lora_pro': the
             optimizer of the training arguments, whichever it is, steps with corrected gradients. 'lora_pro_adamw':
             AdamW on the equivalent gradient of the full weight; it keeps two buffers of the size of every adapted
@@ -128,7 +128,7 @@ class LoRAGAConfig:
     gamma: float | None = None
     estimator: str = "sketch"
     sketch_size: int | None = None
-    learning_rate: str | None = None
+    find_learning_rate: bool = False
     correction: str = "none"
     lora_pro_state_dtype: str = "float32"
     lora_pro_offload_state: bool = False
@@ -172,14 +172,9 @@ class LoRAGAConfig:
                     f"LoRAGAConfig: {name}={value!r} must be a number greater than 0. (YAML reads 1e-3 as a word and "
                     "1.0e-3 as a number.)"
                 )
-        for name in ("allow_unreached", "lora_pro_offload_state"):
+        for name in ("allow_unreached", "find_learning_rate", "lora_pro_offload_state"):
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"LoRAGAConfig: {name}={getattr(self, name)!r} must be True or False.")
-        if self.learning_rate not in (None, "auto"):
-            raise ValueError(
-                f"LoRAGAConfig: learning_rate={self.learning_rate!r} must be 'auto' or None. A number belongs into "
-                "TrainingArguments."
-            )
         if not isinstance(self.probe_file, (str, type(None))):
             raise ValueError(f"LoRAGAConfig: probe_file={self.probe_file!r} must be a path as a string, or None.")
 

@@ -7,12 +7,14 @@ They are wrapped on one instance. [`LoRAGAMixin`] overrides them instead, so not
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import TrainerCallback
 
+from .gradients.state import global_names
 from .optimizers.weight_decay import without_anchored
 from .saving.checkpoint import load_with_adapter, save_with_adapter
 from .saving.resume import checked_checkpoint
@@ -46,6 +48,24 @@ def put_first(trainer: Trainer, callback: TrainerCallback, own: Sequence[Trainer
     of_transformers = [is_of_transformers(other) for other in callbacks]
     place = of_transformers.index(False) if False in of_transformers else len(callbacks)
     callbacks[place:place] = [*own, callback]
+
+
+def own_callbacks(trainer: Trainer) -> list[TrainerCallback]:
+    """
+    Find the callbacks that the class of a trainer has added itself, in a trainer that is made already.
+
+    They are of the classes that methods of the trainer name, other than methods of transformers.
+    """
+    callbacks = [other for other in trainer.callback_handler.callbacks if not is_of_transformers(other)]
+    functions = [
+        function
+        for kind in type(trainer).__mro__
+        if not kind.__module__.startswith("transformers.")
+        for function in vars(kind).values()
+        if isinstance(function, types.FunctionType)
+    ]
+    named = [f.__globals__.get(name) for f in functions for name in global_names(f.__code__)] if callbacks else []
+    return [other for other in callbacks if any(type(other) is kind for kind in named)]
 
 
 def is_of_transformers(callback: TrainerCallback) -> bool:
@@ -93,7 +113,7 @@ def patch_trainer(trainer: Trainer, callback: LoRAGACallback) -> None:
 
     @functools.wraps(train)
     def checked_train(resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        put_first(trainer, callback)
+        put_first(trainer, callback, own_callbacks(trainer))
         return train(checked_checkpoint(trainer, resume_from_checkpoint), *args, **kwargs)
 
     def undecayed(model: nn.Module) -> list[str]:

@@ -187,7 +187,7 @@ def main_part(engine: str, folder: Path) -> dict[str, Any]:
         found[name] = run(name, file, dropout=0.1, max_steps=3)
     for name, correction in (("rate", "none"), ("rate of lora_pro", "lora_pro")):
         found[name] = run(
-            name, {**exact, "learning_rate": "auto", "correction": correction}, rows=rows, warmup_steps=1
+            name, {**exact, "find_learning_rate": True, "correction": correction}, rows=rows, warmup_steps=1
         )
     found["lora_pro"] = run("lora_pro", {"correction": "lora_pro", **exact}, rows=rows)
     if not engine.startswith("zero"):

@@ -10,7 +10,7 @@ import pytest
 from clients.client import Client
 
 
-for library in ("trl", "bitsandbytes", "schedulefree"):
+for library in ("trl", "bitsandbytes", "schedulefree", "sentence_transformers"):
     optional.require(library)
 
 from clients.table import every_client, line, page, verdicts_of  # noqa: E402 (it imports these libraries)
@@ -30,6 +30,6 @@ def test_the_page_has_a_line_for_each_client_and_no_other() -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("unpacked_codes")
-@pytest.mark.parametrize("client", every_client(), ids=lambda client: client.name)
+@pytest.mark.parametrize("client", list(every_client()), ids=lambda client: client.name)
 def test_a_client_is_what_its_line_says(client: Client, tmp_path: Path) -> None:
     assert line(client, verdicts_of(client, tmp_path)) in PAGE.read_text(encoding="utf-8").splitlines()

@@ -15,6 +15,7 @@ import pytest
 import reference
 import tiny
 import torch
+from clients.runs import Undo
 from native import WAYS, WITHOUT_WRAPPER, adapted, by_peft, logits
 from peft import IA3Config, LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
@@ -133,27 +134,12 @@ def test_the_callback_trains_it_as_it_trains_a_wrapped_model(way: str, tmp_path:
     assert_bitwise(factors(ours), factors(peft))
 
 
-class Undo(TrainerCallback):
-    """Puts the adapter back to what it was before the start."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.before = factors(model)
-
-    @torch.no_grad()
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
-        found = factors(model)
-        assert any(not torch.equal(found[name], value) for name, value in self.before.items())
-        for layer in find_adapted_layers(model):
-            layer.stored_A.copy_(self.before[f"{layer.name}.A"])
-            layer.stored_B.copy_(self.before[f"{layer.name}.B"])
-
-
 @every_way
 def test_a_start_that_is_undone_leaves_the_plain_run_to_the_bit(way: str, tmp_path: Path) -> None:
     """LoRA-One stores rank r as plain LoRA does; dropout and the order of rows must be what they would have been."""
     ours, twin = (adapted(way, tiny.llama(attention_dropout=0.1), lora_dropout=0.1) for _ in range(2))
     undone = trainer_of(ours, tmp_path / "a", init="lora_one")
-    undone.add_callback(Undo(ours))
+    undone.add_callback(Undo(undone))
     undone.train()
     plain(twin, tmp_path / "b").train()
     assert_bitwise(dict(ours.state_dict()), dict(twin.state_dict()))

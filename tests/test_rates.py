@@ -6,7 +6,7 @@ import math
 import pytest
 import tiny
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 
 from lora_ga_trainer import (
     LoRAGACallback,
@@ -191,7 +191,7 @@ def rates(trainer):
 @pytest.mark.parametrize("case", CASES)
 def test_training_is_to_the_bit_that_with_the_rate_given(tmp_path, case):
     lora_ga, changes = CASES[case]
-    found = make_trainer(tmp_path / "found", {**lora_ga, "learning_rate": "auto"}, **changes)
+    found = make_trainer(tmp_path / "found", {**lora_ga, "find_learning_rate": True}, **changes)
     found.train()
     rate = found.lora_ga_rate_report.learning_rate
     assert found.args.learning_rate == rate != 1e-3
@@ -231,7 +231,7 @@ def test_with_the_callback_alone_it_is_the_same_rate(tmp_path):
         tiny.arguments(tmp_path, warmup_steps=1),
         train_dataset=tiny.causal_rows(ROWS),
     )
-    callback = LoRAGACallback(trainer, LoRAGAConfig(num_samples=8, learning_rate="auto"))
+    callback = LoRAGACallback(trainer, LoRAGAConfig(num_samples=8, find_learning_rate=True))
     trainer.add_callback(callback)
     trainer.train()
     assert callback.rate.report.learning_rate == find_learning_rate(make_trainer(tmp_path)).learning_rate
@@ -254,7 +254,7 @@ def test_finding_leaves_the_start_and_nothing_else(tmp_path):
 
 
 def test_a_second_train_keeps_the_rate(tmp_path):
-    trainer = make_trainer(tmp_path, {"learning_rate": "auto"})
+    trainer = make_trainer(tmp_path, {"find_learning_rate": True})
     trainer.train()
     rate, report = trainer.args.learning_rate, trainer.lora_ga_rate_report
     trainer.train()
@@ -268,9 +268,9 @@ def test_a_resumed_run_is_the_whole_one_to_the_bit(tmp_path, schedule):
     changes = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": schedule}
     if schedule != "linear":
         changes["lr_scheduler_kwargs"] = {"min_lr": 1e-4}
-    whole = make_trainer(tmp_path / "whole", {"learning_rate": "auto"}, **changes)
+    whole = make_trainer(tmp_path / "whole", {"find_learning_rate": True}, **changes)
     whole.train()
-    resumed = make_trainer(tmp_path / "resumed", {"learning_rate": "auto"}, **changes)
+    resumed = make_trainer(tmp_path / "resumed", {"find_learning_rate": True}, **changes)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     assert resumed.lora_ga_rate_report is None
     assert resumed.args.learning_rate == whole.args.learning_rate
@@ -281,9 +281,9 @@ def test_a_resumed_run_is_the_whole_one_to_the_bit(tmp_path, schedule):
 
 def test_a_checkpoint_without_a_schedule_still_has_the_rate(tmp_path):
     changes = {"save_strategy": "steps", "save_steps": 2, "save_only_model": True}
-    whole = make_trainer(tmp_path / "whole", {"learning_rate": "auto"}, **changes)
+    whole = make_trainer(tmp_path / "whole", {"find_learning_rate": True}, **changes)
     whole.train()
-    resumed = make_trainer(tmp_path / "resumed", {"learning_rate": "auto"}, **changes)
+    resumed = make_trainer(tmp_path / "resumed", {"find_learning_rate": True}, **changes)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     assert resumed.args.learning_rate == whole.args.learning_rate
 
@@ -291,13 +291,13 @@ def test_a_checkpoint_without_a_schedule_still_has_the_rate(tmp_path):
 def test_a_checkpoint_of_another_rate_is_refused(tmp_path):
     changes = {"save_strategy": "steps", "save_steps": 2}
     make_trainer(tmp_path / "whole", **changes).train()
-    resumed = make_trainer(tmp_path / "resumed", {"learning_rate": "auto"}, **changes)
-    with pytest.raises(ValueError, match="trained without learning_rate='auto'"):
+    resumed = make_trainer(tmp_path / "resumed", {"find_learning_rate": True}, **changes)
+    with pytest.raises(ValueError, match="trained without find_learning_rate"):
         resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
 
 
 def test_the_report_is_logged_written_and_drawn(tmp_path):
-    trainer = make_trainer(tmp_path, {"learning_rate": "auto"})
+    trainer = make_trainer(tmp_path, {"find_learning_rate": True})
     trainer.train()
     report = trainer.lora_ga_rate_report
     written = json.loads((tmp_path / "lora_ga_rate.json").read_text())
@@ -315,9 +315,11 @@ def test_the_report_is_logged_written_and_drawn(tmp_path):
 # --- what is refused
 
 
-def test_a_number_belongs_into_the_training_arguments():
-    with pytest.raises(ValueError, match=r"learning_rate=0\.001 must be 'auto' or None"):
-        LoRAGAConfig(learning_rate=1e-3)
+def test_it_is_a_switch_beside_the_rate_of_the_training_arguments():
+    """One parser reads both classes in the recipes, where no two fields have one name."""
+    with pytest.raises(ValueError, match="find_learning_rate='auto' must be True or False"):
+        LoRAGAConfig(find_learning_rate="auto")
+    HfArgumentParser((TrainingArguments, LoRAGAConfig))
 
 
 def test_a_loss_of_rewards_is_refused(tmp_path):
@@ -325,14 +327,14 @@ def test_a_loss_of_rewards_is_refused(tmp_path):
         reward_funcs = ()
 
     with pytest.raises(ValueError, match="`reward_funcs`"):
-        make_trainer(tmp_path, {"learning_rate": "auto"}, kind=Rewarded)
+        make_trainer(tmp_path, {"find_learning_rate": True}, kind=Rewarded)
     make_trainer(tmp_path, kind=Rewarded)
 
 
 def test_a_loss_of_classes_is_refused(tmp_path):
     trainer = make_trainer(
         tmp_path,
-        {"learning_rate": "auto"},
+        {"find_learning_rate": True},
         model=tiny.bert(),
         lora={"target_modules": ["query"], "modules_to_save": ["classifier"]},
         rows=tiny.class_rows(ROWS),
@@ -344,7 +346,7 @@ def test_a_loss_of_classes_is_refused(tmp_path):
 
 def test_a_rate_of_zero_and_a_schedule_of_ones_own_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"learning_rate=0\.0 must be greater"):
-        make_trainer(tmp_path, {"learning_rate": "auto"}, learning_rate=0.0)
+        make_trainer(tmp_path, {"find_learning_rate": True}, learning_rate=0.0)
     model = tiny.with_lora(tiny.llama())
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=4)
@@ -354,7 +356,7 @@ def test_a_rate_of_zero_and_a_schedule_of_ones_own_are_refused(tmp_path):
             tiny.arguments(tmp_path),
             train_dataset=tiny.causal_rows(ROWS),
             optimizers=(optimizer, schedule),
-            lora_ga_config=LoRAGAConfig(init="none", learning_rate="auto"),
+            lora_ga_config=LoRAGAConfig(init="none", find_learning_rate=True),
         )
 
 
@@ -368,7 +370,7 @@ def test_an_optimizer_and_a_schedule_of_ones_own_are_scaled(tmp_path):
         tiny.arguments(tmp_path, learning_rate=1e-3, max_steps=2),
         train_dataset=tiny.causal_rows(ROWS),
         optimizers=(optimizer, schedule),
-        lora_ga_config=LoRAGAConfig(init="none", learning_rate="auto"),
+        lora_ga_config=LoRAGAConfig(init="none", find_learning_rate=True),
     )
     trainer.train()
     rate = trainer.lora_ga_rate_report.learning_rate
@@ -387,7 +389,7 @@ def test_an_optimizer_that_cannot_be_copied_is_refused_by_name(tmp_path):
         tiny.arguments(tmp_path),
         train_dataset=tiny.causal_rows(ROWS),
         optimizer_cls_and_kwargs=(Holding, {"lr": 1e-3}),
-        lora_ga_config=LoRAGAConfig(init="none", learning_rate="auto"),
+        lora_ga_config=LoRAGAConfig(init="none", find_learning_rate=True),
     )
     with pytest.raises(ValueError, match="Holding holds what can't be copied"):
         trainer.train()

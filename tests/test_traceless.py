@@ -528,6 +528,56 @@ def test_what_a_forward_pass_changes_is_given_back(tmp_path: Any) -> None:
         assert torch.equal(now, value) if isinstance(value, Tensor) else now == value, name
 
 
+class Averaging(nn.Module):
+    """Keeps a moving average of its head in a parameter that a forward pass writes, as momentum encoders do."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.head = nn.Linear(6, width), nn.Linear(width, 3)
+        self.average = nn.Parameter(self.head.weight.detach().clone(), requires_grad=False)
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        with torch.no_grad():
+            self.average.lerp_(self.head.weight + 1, 0.1)
+        hidden = self.first(x).relu()
+        logits = self.head(hidden) + 0.1 * hidden @ self.average.T
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def averaging(width: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(1)
+    rows = [{"x": torch.randn(6, generator=generator), "labels": torch.tensor(i % 3)} for i in range(16)]
+    return {"model": tiny.with_lora(Averaging(width), target_modules=["first", "head"]), "train_dataset": rows}
+
+
+def test_a_small_parameter_that_a_forward_pass_writes_is_given_back(tmp_path: Any, caplog: Any) -> None:
+    plain, ours = (run(tmp_path / name, name == "b", lambda: averaging(8)) for name in ("a", "b"))
+    assert_same_run(plain, ours)
+    found, expected = (dict(trainer.model.named_parameters()) for trainer in (ours, plain))
+    (name,) = (name for name in found if name.endswith("average"))
+    assert torch.equal(found[name], expected[name])
+    assert "too large" not in caplog.text
+
+
+def test_what_is_too_large_to_copy_is_named_once_when_it_was_written(tmp_path: Any, caplog: Any) -> None:
+    class Counts(Recording):
+        """Writes into a large tensor and a large array, and leaves others alone."""
+
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            self.counted[5] += 1
+            self.array[7] += 1
+            return super().compute_loss(*args, **kwargs)
+
+    trainer = prepare(tmp_path, True, lambda: averaging(100_000), Counts, max_steps=2)
+    trainer.counted, trainer.still = torch.zeros(300_000), torch.zeros(300_000)
+    trainer.array, trainer.unread = np.zeros(200_000), np.zeros(200_000)
+    trainer.train()
+    (said,) = (record.getMessage() for record in caplog.records if "too large" in record.getMessage())
+    named = re.search(r"without it: (.*?)\. Use", said).group(1).split(", ")
+    assert sorted(named) == ["model.base_model.model.average", "trainer.array", "trainer.counted"]
+
+
 def test_codes_of_a_quantised_weight_are_not_copied() -> None:
     """Whole numbers of the size of a weight stay what they are; scales are small."""
     module = nn.Module()

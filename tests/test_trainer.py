@@ -625,7 +625,7 @@ def test_unreached_layers_stay_plain_and_are_reported(tmp_path: Any) -> None:
     assert not unused.lora_B.weight.any()
 
 
-def test_a_zero_gradient_leaves_a_plain_start_and_is_reported(tmp_path: Any) -> None:
+def test_a_zero_gradient_leaves_a_plain_start_and_is_named(tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None:
     class Dead(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -643,9 +643,17 @@ def test_a_zero_gradient_leaves_a_plain_start_and_is_reported(tmp_path: Any) -> 
         peft_config=LoraConfig(r=2, target_modules=["live", "dead"]),
         lora_ga_config=LoRAGAConfig(**FEW),
     )
-    trainer.train()
+    dead = next(layer for layer in find_adapted_layers(trainer.model) if layer.name == "dead")
+    before = dead.stored_A.detach().clone()
+    with caplog.at_level("WARNING", logger="lora_ga_trainer"):
+        trainer.train()
     actions = {layer.name: layer.action for layer in trainer.lora_ga_report.layers}
     assert actions == {"live": "initialised", "dead": "plain start: zero gradient"}
+    assert caplog.text.count("1 of the 2 adapted layers is zero") == 1
+    assert "whose B is zero: dead." in caplog.text
+    assert torch.equal(dead.stored_A.detach(), before)
+    assert before[:2].any()
+    assert not dead.stored_B.any()
 
 
 DDP = """

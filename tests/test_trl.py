@@ -21,6 +21,7 @@ import tiny
 import tiny_trl
 import torch
 import torch.nn.functional as F
+from clients.runs import Undo
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from test_inner_gradients import true_gradients
@@ -121,20 +122,6 @@ def plain_run(trl: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Call
 def files_of(trainer: Trainer) -> set[str]:
     folder = Path(trainer.args.output_dir)
     return {str(path.relative_to(folder)) for path in folder.rglob("*")} - {"lora_ga_report.json"}
-
-
-class Undo(TrainerCallback):
-    """Puts the adapter back to what it was before the start."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.before = adapter_of(trainer)
-
-    @torch.no_grad()
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
-        parameters = dict(model.named_parameters())
-        assert any(not torch.equal(parameters[name], value) for name, value in self.before.items())
-        for name, value in self.before.items():
-            parameters[name].copy_(value)
 
 
 @both_ways

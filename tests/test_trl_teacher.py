@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 from transformers import Trainer, TrainerCallback
 
-from lora_ga_trainer import LoRAGAConfig, LoRAGAMixin
+from lora_ga_trainer import LoRAGACallback, LoRAGAConfig, LoRAGAMixin
 from lora_ga_trainer.saving.record import read_record
 
 
@@ -21,37 +21,68 @@ def reward(completions: list[Any], **_: Any) -> list[float]:
     return [float(str(completion).count("a")) for completion in completions]
 
 
-def sdpo(folder: Path) -> Trainer:
+def sdpo(way: str, folder: Path) -> Trainer:
     library = optional.require("trl.experimental.sdpo")
-    kind = type("Mine", (LoRAGAMixin, library.SDPOTrainer), {})
     asked = [{"prompt": [{"role": "user", "content": row["p"]}], "privileged_context": "a"} for row in ROWS]
+    start = LoRAGAConfig(num_samples=8)
+    kind = type("Mine", (LoRAGAMixin, library.SDPOTrainer), {}) if way == "mixin" else library.SDPOTrainer
     torch.manual_seed(7)
-    return kind(
+    trainer = kind(
         tiny.llama(),
         args=library.SDPOConfig(
             **tiny_trl.settings(folder, save_strategy="steps", save_steps=2),
             num_generations=4,
             max_completion_length=6,
             teacher_model_kind="ema",
+            success_reward_threshold=0.0,
         ),
         train_dataset=Dataset.from_list(asked),
         processing_class=tiny_trl.tokenizer(),
         reward_funcs=reward,
         peft_config=tiny_trl.lora(),
-        lora_ga_config=LoRAGAConfig(num_samples=8),
+        **({"lora_ga_config": start} if way == "mixin" else {}),
     )
+    if way == "callback":
+        trainer.add_callback(LoRAGACallback(trainer, start))
+    return trainer
 
 
 ROWS = tiny_trl.rows(32, "p")
+both_ways = pytest.mark.parametrize("way", ["mixin", "callback"])
 
 
+@both_ways
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_sdpo_starts_the_student_and_not_its_teacher(tmp_path: Path) -> None:
-    trainer = sdpo(tmp_path)
+def test_sdpo_starts_the_student_and_not_its_teacher(way: str, tmp_path: Path) -> None:
+    trainer = sdpo(way, tmp_path)
     trainer.train()
-    assert trainer.lora_ga_report.metrics()["lora_ga/layers_initialised"] == 14
+    (callback,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, LoRAGACallback))
+    assert callback.report.metrics()["lora_ga/layers_initialised"] == 14
     assert read_record(tmp_path / "checkpoint-2") is not None
     assert read_record(tmp_path / "checkpoint-2" / "teacher") is None
+
+
+class Seeds(TrainerCallback):
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        torch.manual_seed(5)
+
+
+@both_ways
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_first_step_is_plains_where_the_random_numbers_are(way: str, tmp_path: Path) -> None:
+    """The teacher copies the form of an anchored adapter. It is twice as large, and draws more of them when made."""
+    logs = []
+    for name in ("plain", way):
+        trainer = sdpo(name, tmp_path / name)
+        trainer.add_callback(Seeds())
+        trainer.train()
+        logs.append(next(log for log in trainer.state.log_history if "loss" in log))
+    plain, ours = logs
+    assert plain["self_distillation/distillation_loss"] != 0
+    differ = [
+        name for name in plain if name not in ("grad_norm", "step_time") and plain[name] != pytest.approx(ours[name])
+    ]
+    assert differ == []
 
 
 class Remembers(TrainerCallback):
@@ -83,3 +114,26 @@ def test_the_trainers_own_callbacks_come_before_the_start_and_the_users_after_it
     trainer.add_callback(Remembers(order, "added"))
     trainer.train()
     assert order == ["own before the start", "given after the start", "added after the start"]
+
+
+def test_with_the_callback_alone_the_trainers_own_are_those_of_the_classes_that_it_names(tmp_path: Path) -> None:
+    order: list[str] = []
+
+    class Own(Remembers): ...
+
+    kind = type(
+        "Adds", (Trainer,), {"setup": lambda self: self.add_callback(Named(order, "own")), "__module__": "own"}
+    )
+    given = [Remembers(order, "given")]
+    trainer = kind(
+        tiny.with_lora(tiny.llama()), tiny.arguments(tmp_path), train_dataset=tiny.causal_rows(16), callbacks=given
+    )
+    trainer.setup()
+    trainer.add_callback(Own(order, "added"))
+    trainer.add_callback(LoRAGACallback(trainer, LoRAGAConfig(num_samples=8)))
+    trainer.train()
+    assert order == ["own before the start", "given after the start", "added after the start"]
+
+
+class Named(Remembers):
+    """One that the class of the trainer names."""

@@ -138,8 +138,9 @@ def checkpoint_activations(model: nn.Module, use_reentrant: bool) -> None:
     (renamed or model.gradient_checkpointing_enable)({"use_reentrant": use_reentrant})
 
 
-def arguments(folder: Any, **changes: Any) -> TrainingArguments:
-    settings = {
+def settings(folder: Any, **changes: Any) -> dict[str, Any]:
+    """Arguments of a short run on the CPU whose every step is logged."""
+    return {
         "output_dir": str(folder),
         "max_steps": 4,
         "per_device_train_batch_size": 4,
@@ -150,8 +151,11 @@ def arguments(folder: Any, **changes: Any) -> TrainingArguments:
         "use_cpu": True,
         "disable_tqdm": True,
         "seed": 3,
-    }
-    return TrainingArguments(**(settings | changes))
+    } | changes
+
+
+def arguments(folder: Any, **changes: Any) -> TrainingArguments:
+    return TrainingArguments(**settings(folder, **changes))
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import tiny
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 
@@ -27,6 +27,20 @@ def tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {word: i for i, word in enumerate([*SPECIAL, *WORDS])}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return finished(inner)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a letter or space, made by byte-level BPE."""
+    vocabulary = {word: i for i, word in enumerate([*SPECIAL, *WORDS, "Ġ"])}
+    inner = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens(SPECIAL)
+    return finished(inner)
+
+
+def finished(inner: Tokenizer) -> PreTrainedTokenizerFast:
     made = PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
@@ -53,19 +67,7 @@ def dataset(count: int, *columns: str, seed: int = 1) -> Dataset:
 
 def settings(folder: Any, **changes: Any) -> dict[str, Any]:
     """Arguments of any TRL config for a short run on the CPU whose every step is logged."""
-    return {
-        "output_dir": str(folder),
-        "max_steps": 2,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-3,
-        "report_to": [],
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "use_cpu": True,
-        "bf16": False,
-        "disable_tqdm": True,
-        "seed": 3,
-    } | changes
+    return tiny.settings(folder, **({"max_steps": 2, "bf16": False} | changes))
 
 
 def save_model(folder: Path) -> Path:

@@ -103,6 +103,21 @@ def preserved_state(
         yield
     finally:
         kept.give_back()
+        _name_written(trainer, kept)
+
+
+def _name_written(trainer: Trainer, kept: KeptState) -> None:
+    """Say once what the probe has changed. That something large is written can't be known before."""
+    named = _NAMED.setdefault(trainer, set())
+    written = [name for name in kept.watched.written() if name not in named]
+    named.update(written)
+    if written:
+        logger.warning(
+            "The probe ran code that writes into what is too large for it to copy, so training goes on from other "
+            "values than without it: %s. Use LoRAGAConfig(probe_file=...): write the file in a run of its own, and "
+            "train in another one.",
+            ", ".join(written),
+        )
 
 
 def _name_lost(trainer: Trainer, kept: KeptState) -> None:

@@ -10,13 +10,15 @@ import numpy as np
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from .contents import CONTAINERS, remember_container
+from .contents import CONTAINERS, remember_container, remember_memory
 from .kinds import is_of_engine
 from .state import KeptState
 
 
 # Whole numbers in so many entries are the codes of a quantised weight: they are as large as a model, and stay.
 _CODES = 2**16
+# Larger parameters that are not trained are not copied, and of smaller ones no more than so many bytes in all.
+_BYTES, _ALL_BYTES = 2**20, 2**26
 _OWN = frozenset(vars(nn.Module()))  # what torch keeps in every module
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _DATA = (type(None), bool, int, float, complex, str, bytes, Tensor, np.ndarray, *CONTAINERS)
@@ -27,14 +29,19 @@ def keep_model(kept: KeptState, model: nn.Module, name: str) -> None:
     Remember the buffers of a model, the data in attributes of its modules, and which hooks it has.
 
     Buffers are copied, on their device: running statistics, the vectors of a spectral norm, counters, queues. Codes of
-    quantised weights (whole numbers, 65,536 or more) are not, nor is any parameter. A language model has some MiB of
-    buffers; one whose weights are quantised in buffers has scales there, about 1/32 of the weights.
+    quantised weights (whole numbers, 65,536 or more) are not. A language model has some MiB of buffers; one whose
+    weights are quantised in buffers has scales there, about 1/32 of the weights.
+
+    A forward pass may write parameters, too (moving averages of other ones). Those that are trained are copied, and
+    others of at most 1 MiB, 64 MiB in all. Of the rest it is seen whether they were written. An engine that has memory
+    of its own keeps its parameters itself.
 
     Args:
         kept: what remembers and gives back.
         model: a forward pass of it runs afterwards.
         name: of it in messages.
     """
+    _keep_parameters(kept, model, name)
     for path, module in model.named_modules():
         label = f"{name}.{path}" if path else name
         kept.undo_with(remember_container(module._buffers))
@@ -52,6 +59,20 @@ def keep_model(kept: KeptState, model: nn.Module, name: str) -> None:
         for hook in filter(_is_own_hook, (*module._forward_pre_hooks.values(), *module._forward_hooks.values())):
             kept.keep(hook, f"a hook of {label}", closures=False)
         kept.keep_generators(type(module), f"the class of {label}")
+
+
+def _keep_parameters(kept: KeptState, model: nn.Module, name: str) -> None:
+    left = _ALL_BYTES
+    for path, parameter in model.named_parameters():
+        # Sharded and quantised ones have classes of their own, and DeepSpeed's are parts of its buffers.
+        if type(parameter) is not nn.Parameter or hasattr(parameter, "ds_id"):
+            continue
+        small = parameter.nbytes <= min(_BYTES, left)
+        if small or parameter.requires_grad:
+            left -= parameter.nbytes * small
+            kept.undo_with(remember_memory(parameter.detach(), float("inf")))
+        else:
+            kept.watched.add(f"{name}.{path}", parameter)
 
 
 def _is_code(buffer: Tensor) -> bool:

@@ -32,7 +32,7 @@ def has_own_step(trainer: Trainer) -> bool:
     It is where `training_step` is that of transformers, or calls the one that it overrides or was put around.
     """
     step = getattr(trainer.training_step, "__func__", trainer.training_step)
-    if not isinstance(step, types.FunctionType) or step.__module__.partition(".")[0] in ("transformers", "trl"):
+    if not isinstance(step, types.FunctionType) or step.__module__.partition(".")[0] == "transformers":
         return False
     held = [getattr(cell.cell_contents, "__name__", "") for _, cell in closure_cells(step)]
     return "training_step" not in (*global_names(step.__code__), *held)

@@ -28,6 +28,7 @@ from .contents import (
 )
 from .generators import GLOBAL_GENERATORS, Access, Replay, access_generator, reads_once
 from .kinds import ATOMS, CALLABLES, CLOSED, SENT, is_known, is_of_engine
+from .watched import Watched
 
 
 # A walk looks at so many objects. Longer containers hold data: what is in them is not looked at, and of huge ones not
@@ -44,17 +45,19 @@ class KeptState:
     functions and classes merely know (global names, class attributes) it keeps generators alone.
 
     A walk ends at trainers, models, tokenizers and engines, and at data: it enters no container of more than 1,000
-    entries and copies no tensor above 1 MiB. For each object that it is told of it copies 64 MiB and looks at 20,000
-    objects at most, the nearest first.
+    entries and copies no tensor above 1 MiB, but sees whether one was written. For each object that it is told of it
+    copies 64 MiB and looks at 20,000 objects at most, the nearest first.
 
     Attributes:
         lost: what was found that can't be given back, by name, with the reason.
         models: modules with parameters that were met, by name. A walk does not enter them.
+        watched: what is too large to copy.
     """
 
     def __init__(self) -> None:
         self.lost: dict[str, str] = {}
         self.models: dict[str, nn.Module] = {}
+        self.watched = Watched()
         self._undo = contextlib.ExitStack()
         self._seen: dict[tuple[int, bool], Any] = {}  # holds what it has seen, so that no id is used twice
         self._generators: list[Access] = list(GLOBAL_GENERATORS)
@@ -136,7 +139,7 @@ class KeptState:
         elif isinstance(value, io.IOBase):
             self._keep_place(value, name, whole)
         elif isinstance(value, MEMORY):
-            self._keep_memory(value, whole)
+            self._keep_memory(value, name, whole)
         elif not isinstance(value, CLOSED) and not any(map(is_of_engine, type(value).__mro__)):
             self._keep_instance(value, name, whole)
 
@@ -145,11 +148,13 @@ class KeptState:
         self._generators.append(access)
         self._undo.callback(set_to, get())
 
-    def _keep_memory(self, value: Any, whole: bool) -> None:
+    def _keep_memory(self, value: Any, name: str, whole: bool) -> None:
         restore = remember_memory(value, min(_BYTES, self._left_bytes)) if whole else None
         if restore is not None:
             self._left_bytes -= count_bytes(value)
             self.undo_with(restore)
+        elif whole:
+            self.watched.add(name, value)
 
     def _keep_place(self, file: io.IOBase, name: str, whole: bool) -> None:
         try:

@@ -23,22 +23,22 @@ def require_rate_can_be_found(trainer: Trainer) -> None:
     Raises:
         `ValueError`: naming the setting and the way out.
     """
-    way_out = "Leave LoRAGAConfig.learning_rate out and give TrainingArguments a learning_rate."
+    way_out = "Leave LoRAGAConfig.find_learning_rate out and give TrainingArguments a learning_rate."
     scores = [name for name in _SCORES if getattr(trainer, name, None) is not None]
     if scores:
         raise ValueError(
-            f"learning_rate='auto': {type(trainer).__name__} has `{scores[0]}` and trains on scores of what the "
+            f"find_learning_rate: {type(trainer).__name__} has `{scores[0]}` and trains on scores of what the "
             f"model writes. Its loss does not tell how good the model is, nor which rate is best. {way_out}"
         )
     if trainer.args.learning_rate <= 0:
         raise ValueError(
-            f"learning_rate='auto': TrainingArguments.learning_rate={trainer.args.learning_rate} must be greater than "
+            f"find_learning_rate: TrainingArguments.learning_rate={trainer.args.learning_rate} must be greater than "
             "0. The rates of the groups are kept in proportion to it; leave it at its default."
         )
     scheduler = trainer.lr_scheduler
     if scheduler is not None and not isinstance(scheduler, LambdaLR):
         raise ValueError(
-            f"learning_rate='auto': the trainer was given a {type(scheduler).__name__}, whose rates are its own. Use "
+            f"find_learning_rate: the trainer was given a {type(scheduler).__name__}, whose rates are its own. Use "
             f"`lr_scheduler_type` in TrainingArguments. {way_out}"
         )
 
@@ -87,8 +87,8 @@ def resumed_rate(trainer: Trainer) -> float:
     found = [log[RATE_METRIC] for log in trainer.state.log_history if RATE_METRIC in log]
     if not found:
         raise ValueError(
-            "resume_from_checkpoint: this run trained without learning_rate='auto' (its trainer_state.json has no "
-            f"{RATE_METRIC!r}). Leave LoRAGAConfig.learning_rate out, and give TrainingArguments the learning_rate of "
+            "resume_from_checkpoint: this run trained without find_learning_rate (its trainer_state.json has no "
+            f"{RATE_METRIC!r}). Leave LoRAGAConfig.find_learning_rate out, and give TrainingArguments the learning_rate of "
             "the run."
         )
     return float(found[-1])

@@ -71,8 +71,8 @@ def search_learning_rate(trainer: Trainer, config: LoRAGAConfig, probe_dataset: 
             losses = search_rates(line.loss_at, before, _GUESS / updates.largest)
         except NoRateFound as error:
             raise ValueError(
-                f"learning_rate='auto': {error}. Give TrainingArguments a learning_rate, and leave "
-                "LoRAGAConfig.learning_rate out."
+                f"find_learning_rate: {error}. Give TrainingArguments a learning_rate, and leave "
+                "LoRAGAConfig.find_learning_rate out."
             ) from error
     largest, best = largest_rate(losses, before), best_rate(losses)
     return RateReport(
@@ -136,9 +136,9 @@ def _require_tokens(trainer: Trainer, steps: Sequence[Sequence[MicroBatch]]) -> 
     if not all(row[0] for row in gather_integers(trainer, int(of_tokens))):
         found = "no labels" if labels is None else f"labels of shape {tuple(getattr(labels, 'shape', ()))}"
         raise ValueError(
-            f"learning_rate='auto': the batches hold {found}, and a rate can be found for losses that predict tokens "
+            f"find_learning_rate: the batches hold {found}, and a rate can be found for losses that predict tokens "
             "only. For others the rule failed where it was measured (docs/rates.md). Give TrainingArguments a "
-            "learning_rate, and leave LoRAGAConfig.learning_rate out."
+            "learning_rate, and leave LoRAGAConfig.find_learning_rate out."
         )
 
 
@@ -161,7 +161,7 @@ class RateChoice:
 
     Args:
         trainer: that trains with it.
-        config: `learning_rate` says whether one is to be found.
+        config: `find_learning_rate` says whether one is to be found.
         probe_dataset: examples to use instead of the trainer's `train_dataset`.
 
     Attributes:
@@ -172,7 +172,7 @@ class RateChoice:
     """
 
     def __init__(self, trainer: Trainer, config: LoRAGAConfig, probe_dataset: Dataset | None) -> None:
-        if config.learning_rate is not None:
+        if config.find_learning_rate:
             require_rate_can_be_found(trainer)
         self.trainer, self.config, self.probe_dataset = trainer, config, probe_dataset
         self.report: RateReport | None = None
@@ -189,7 +189,7 @@ class RateChoice:
         Args:
             model: the bare model, whose adapter has its start.
         """
-        if self.config.learning_rate is None or self._model() is model:
+        if not self.config.find_learning_rate or self._model() is model:
             return
         if self.trainer.state.global_step > 0:
             apply_rate(self.trainer, resumed_rate(self.trainer))

@@ -72,7 +72,7 @@ class FirstUpdates:
                     descent.accumulate(micro_batch)
             taken += descent.step(self._optimizer.step if taken else self._first_step)
         if not taken:
-            raise ValueError("learning_rate='auto': the train dataloader gave no sample with a label.")
+            raise ValueError("find_learning_rate: the train dataloader gave no sample with a label.")
         self.directions = [change / (self._optimizer.rate * taken) for change in self._changes()]
         self.go(0.0)
 
@@ -87,9 +87,9 @@ class FirstUpdates:
                 value.copy_(start)
         if not 0 < self.largest < math.inf:
             raise ValueError(
-                f"learning_rate='auto': the first step of {type(trial.optimizer).__name__} changes no parameter "
+                f"find_learning_rate: the first step of {type(trial.optimizer).__name__} changes no parameter "
                 f"by a finite amount (the largest change, divided by the rate, is {self.largest}). Give "
-                "TrainingArguments a learning_rate, and leave LoRAGAConfig.learning_rate out."
+                "TrainingArguments a learning_rate, and leave LoRAGAConfig.find_learning_rate out."
             )
         self._optimizer.set_rate(_TINY / self.largest)
         self._optimizer.step()
@@ -142,8 +142,8 @@ def _copy_optimizer(trainer: Trainer, copies: TrainedCopies) -> Optimizer:
         return _copy_with(own, shared)
     except Exception as error:
         raise ValueError(
-            f"learning_rate='auto': {type(own).__name__} holds what can't be copied ({error}), and its first steps "
-            "are tried on a copy. Give TrainingArguments a learning_rate, and leave LoRAGAConfig.learning_rate out."
+            f"find_learning_rate: {type(own).__name__} holds what can't be copied ({error}), and its first steps "
+            "are tried on a copy. Give TrainingArguments a learning_rate, and leave LoRAGAConfig.find_learning_rate out."
         ) from error
 
 

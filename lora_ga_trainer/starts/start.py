@@ -60,6 +60,7 @@ def start_adapter(
     for start in starts:
         if start.factors is not None:
             write_start(trainer, start.layer, *start.factors)
+    _name_zero_gradients([start.report for start in starts])
     if frozen:
         logger.warning(
             "%d layers of the adapter are frozen as training begins. They get no start and keep PEFT's own, also "
@@ -81,6 +82,19 @@ def start_adapter(
         loss_after=loss_after,
         layers=[*(start.report for start in starts), *map(_report_frozen, frozen)],
     )
+
+
+def _name_zero_gradients(reports: Sequence[LayerReport]) -> None:
+    """Name the layers that the loss reaches and does not depend on, in a warning."""
+    names = [report.name for report in reports if report.action is Action.ZERO_GRADIENT]
+    if names:
+        logger.warning(
+            "The gradient of %d of the %d adapted layers is zero on the probe's samples. They keep PEFT's own start, "
+            "whose B is zero: %s.",
+            len(names),
+            len(reports),
+            ", ".join(names),
+        )
 
 
 def _loss_after(trainer: Trainer, estimate: GradientEstimate) -> float | None:

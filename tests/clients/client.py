@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import tiny
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import Trainer, TrainingArguments
@@ -44,20 +45,7 @@ def arguments(folder: Path, **changes: Any) -> TrainingArguments:
 
 
 def settings(folder: Path) -> dict[str, Any]:
-    return {
-        "output_dir": str(folder),
-        "max_steps": 2,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-3,
-        "train_sampling_strategy": "sequential",
-        "remove_unused_columns": False,
-        "report_to": [],
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "seed": 3,
-    }
+    return tiny.settings(folder, max_steps=2, train_sampling_strategy="sequential", remove_unused_columns=False)
 
 
 def adapted(model: nn.Module, **changes: Any) -> nn.Module:

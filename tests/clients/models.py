@@ -127,7 +127,7 @@ def collate_returning_loss(rows: list[dict[str, Tensor]]) -> dict[str, Any]:
 def from_config(head: str, kind: str, sizes: dict[str, Any]) -> Any:
     config = AutoConfig.for_model(kind, **(WITHOUT_DROPOUT | sizes))
     torch.manual_seed(0)
-    return getattr(transformers, f"AutoModelFor{head}").from_config(config)
+    return getattr(transformers, f"AutoModelFor{head}" if head else "AutoModel").from_config(config)
 
 
 def model_client(

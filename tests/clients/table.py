@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from clients import adapters, models, trainers, trl_trainers
+from clients import adapters, models, sentences, trainers, trl_trainers
 from clients.client import Client
 from clients.runs import WAYS, make_trainer, run, verdict
 
@@ -32,12 +32,16 @@ what the runs give.
   the probe leaves no trace.
 * The probe's loss on the first batch is the one that training logs. Where a forward pass draws random numbers, or the
   log is of another quantity, this is not compared.
-* Before the first step, LoRA-GA's adapter changes nothing: the first logged loss is that of the plain Trainer.
+* Before the first step, LoRA-GA's adapter changes nothing: the first logged loss is that of the plain Trainer. This is
+  not compared where the loss looks at the factors themselves, or where texts are written after a teacher of the
+  adapter's form was made (see [Limits](limits.md)).
 
 **refused** means an error that says why, before training begins. *n layers start plain* counts adapted layers that the
 loss never reaches.
 """
-CATALOGUE: dict[str, list[Client]] = models.CLIENTS | trainers.CLIENTS | adapters.CLIENTS | trl_trainers.CLIENTS
+CATALOGUE: dict[str, list[Client]] = (
+    models.CLIENTS | trainers.CLIENTS | adapters.CLIENTS | trl_trainers.CLIENTS | sentences.CLIENTS
+)
 
 
 def every_client() -> Iterator[Client]:

@@ -8,9 +8,10 @@ from typing import Any
 
 import tiny_trl
 import torch
+from datasets import Dataset
 from peft import LoraConfig
 
-from clients.client import Client, settings
+from clients.client import Client, adapted, settings
 from clients.models import GROUPED, from_config
 
 
@@ -18,8 +19,20 @@ PAIRS = ("prompt", "chosen", "rejected")
 GENERATES = {"num_generations": 4, "max_completion_length": 6, "gradient_accumulation_steps": 2}
 
 
+# Trainers that have a sampler of their own.
+WRITES = ("GRPO", "GMPO", "RLOO", "Distillation", "SDPO", "SDFT", "IWOPD", "GOLD")
+
+
+DISTILS = {"num_generations": 4, "max_completion_length": 6, "distillation_topk": 20}
+SUCCEEDS = DISTILS | {"success_reward_threshold": -5.0}
+
+
 def reward(completions: list[str], **_: Any) -> list[float]:
     return [text.count("a") + text.count("e") - len(text) / 20 for text in completions]
+
+
+def right_or_wrong(completions: list[str], **_: Any) -> list[float]:
+    return [float("a" in text or "e" in text) for text in completions]
 
 
 def language_model(**sizes: Any) -> torch.nn.Module:
@@ -31,8 +44,44 @@ def experts() -> torch.nn.Module:
     return from_config("CausalLM", "qwen3_moe", GROUPED | sizes)
 
 
+def wrapped() -> torch.nn.Module:
+    return adapted(language_model())
+
+
 def scorer() -> torch.nn.Module:
     return from_config("SequenceClassification", "llama", GROUPED | {"num_labels": 1})
+
+
+def labelled() -> list[dict[str, Any]]:
+    rows = tiny_trl.rows(24, "prompt", "completion")
+    return [row | {"label": bool(i % 2)} for i, row in enumerate(rows)]
+
+
+def asked() -> list[dict[str, Any]]:
+    """Questions with a hint that only the teacher sees."""
+    rows = tiny_trl.rows(24, "prompt")
+    return [{"prompt": [message("user", row["prompt"])], "privileged_context": "a b"} for row in rows]
+
+
+def talks() -> list[dict[str, Any]]:
+    rows = tiny_trl.rows(24, "prompt", "completion")
+    return [{"messages": [message("user", r["prompt"]), message("assistant", r["completion"])]} for r in rows]
+
+
+def message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def teacher(folder: Path) -> dict[str, Any]:
+    """A larger model, and its tokenizer where trainers look for it."""
+    model = from_config("CausalLM", "llama", GROUPED | {"num_hidden_layers": 3})
+    model.config._name_or_path = str(folder / "teacher")
+    tiny_trl.tokenizer().save_pretrained(folder / "teacher")
+    return {"teacher_model": model}
+
+
+def teacher_in_bytes(folder: Path) -> dict[str, Any]:
+    return {**teacher(folder), "processing_class": tiny_trl.byte_tokenizer()}
 
 
 def trl_client(
@@ -41,30 +90,28 @@ def trl_client(
     columns: tuple[str, ...],
     model: Any = language_model,
     lora: dict[str, Any] | None = None,
-    passed: dict[str, Any] | None = None,
-    labels: Any = None,
+    passed: Any = None,
+    rows: Any = None,
     **more: Any,
 ) -> Client:
-    of_client = {key: more.pop(key) for key in ("config", "refused", "same_loss") if key in more}
+    of_client = {key: more.pop(key) for key in ("config", "refused", "same_loss", "same_first_step") if key in more}
     module, _, kind = trainer.rpartition(".")
     library = importlib.import_module(module or "trl")
 
     def make(folder: Path) -> dict[str, Any]:
         arguments = settings(folder) | {"bf16": False} | more
         del arguments["remove_unused_columns"]  # TRL has defaults of its own
-        if kind in ("GRPO", "RLOO", "OnlineDPO"):
+        if kind in WRITES:
             del arguments["train_sampling_strategy"]
-        rows = tiny_trl.dataset(24, *columns)
-        if labels is not None:
-            rows = rows.add_column("label", [bool(i % 2) for i in range(24)])
-        return {
+        made = {
             "model": model(),
             "args": getattr(library, f"{kind}Config")(**arguments),
-            "train_dataset": rows,
+            "train_dataset": tiny_trl.dataset(24, *columns) if rows is None else Dataset.from_list(rows()),
             "processing_class": tiny_trl.tokenizer(),
             "peft_config": LoraConfig(**(tiny_trl.LORA | {"task_type": "CAUSAL_LM"} | (lora or {}))),
-            **(passed or {}),
+            **(passed(folder) if callable(passed) else passed or {}),
         }
+        return {key: value for key, value in made.items() if value is not None}
 
     return Client(name, make, getattr(library, f"{kind}Trainer"), **of_client)
 
@@ -72,6 +119,7 @@ def trl_client(
 EXPERTS = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"]}
 SCORES = {"task_type": "SEQ_CLS", "target_modules": ["q_proj", "v_proj"], "modules_to_save": ["score"]}
 REWARD = {"reward_funcs": reward}
+BINARY = {"reward_funcs": right_or_wrong, "peft_config": None}
 CLIENTS = {
     "TRL": [
         trl_client("SFT", "SFT", ("text",)),
@@ -82,7 +130,7 @@ CLIENTS = {
         trl_client("DPO", "DPO", PAIRS),
         trl_client("DPO, reference computed before", "DPO", PAIRS, precompute_ref_log_probs=True),
         trl_client("DPO, a mixture of experts", "DPO", PAIRS, experts, EXPERTS),
-        trl_client("KTO", "KTO", ("prompt", "completion"), labels=True),
+        trl_client("KTO", "KTO", (), rows=labelled),
         trl_client("GRPO", "GRPO", ("prompt",), passed=REWARD, same_loss=False, **GENERATES),
         trl_client("GRPO, with a reference", "GRPO", ("prompt",), passed=REWARD, same_loss=False, beta=0.1,
                    **GENERATES),
@@ -90,7 +138,30 @@ CLIENTS = {
                    beta=0.1, **GENERATES),
         trl_client("RLOO", "RLOO", ("prompt",), passed=REWARD, same_loss=False, **GENERATES),
         trl_client("Reward model", "Reward", ("chosen", "rejected"), scorer, SCORES),
+        trl_client("Distillation", "Distillation", ("prompt",), passed=teacher, same_loss=False,
+                   max_completion_length=6),
         trl_client("ORPO (experimental)", "trl.experimental.orpo.ORPO", PAIRS),
         trl_client("CPO (experimental)", "trl.experimental.cpo.CPO", PAIRS),
+        trl_client("TPO (experimental)", "trl.experimental.tpo.TPO", (*PAIRS, "reference")),
+        trl_client("GMPO (experimental)", "trl.experimental.gmpo.GMPO", ("prompt",), passed=REWARD, same_loss=False,
+                   **GENERATES),
+        trl_client("A*-PO (experimental)", "trl.experimental.a2po.A2PO", ("prompt",), wrapped, passed=BINARY,
+                   same_loss=False, max_completion_length=6, num_value_samples=2),
+        trl_client("Online DPO (experimental)", "trl.experimental.online_dpo.OnlineDPO", ("prompt",), passed=REWARD,
+                   same_loss=False, max_new_tokens=6),
+        trl_client("GKD (experimental)", "trl.experimental.gkd.GKD", (), rows=talks, passed=teacher, same_loss=False,
+                   max_new_tokens=6),
+        trl_client("GOLD (experimental)", "trl.experimental.gold.GOLD", (), rows=talks, passed=teacher_in_bytes,
+                   same_loss=False, max_completion_length=6),
+        trl_client("IW-OPD (experimental)", "trl.experimental.iw_opd.IWOPD", (), rows=talks, passed=teacher,
+                   same_loss=False, max_completion_length=6),
+        trl_client("SDFT, the base as teacher (experimental)", "trl.experimental.sdft.SDFT", (), rows=asked,
+                   same_loss=False, teacher_model_kind="base", **DISTILS),
+        trl_client("SDFT, a moving average as teacher (experimental)", "trl.experimental.sdft.SDFT", (), rows=asked,
+                   same_loss=False, teacher_model_kind="ema", **DISTILS),
+        trl_client("SDPO, the base as teacher (experimental)", "trl.experimental.sdpo.SDPO", (), rows=asked,
+                   passed=REWARD, same_loss=False, teacher_model_kind="base", **SUCCEEDS),
+        trl_client("SDPO, a moving average as teacher (experimental)", "trl.experimental.sdpo.SDPO", (), rows=asked,
+                   passed=REWARD, same_loss=False, same_first_step=False, teacher_model_kind="ema", **SUCCEEDS),
     ]
 }  # fmt: skip
