@@ -88,8 +88,8 @@ def resumed_rate(trainer: Trainer) -> float:
     if not found:
         raise ValueError(
             "resume_from_checkpoint: this run trained without find_learning_rate (its trainer_state.json has no "
-            f"{RATE_METRIC!r}). Leave LoRAGAConfig.find_learning_rate out, and give TrainingArguments the learning_rate of "
-            "the run."
+            f"{RATE_METRIC!r}). Leave LoRAGAConfig.find_learning_rate out, and give TrainingArguments the "
+            "learning_rate of the run."
         )
     return float(found[-1])
 

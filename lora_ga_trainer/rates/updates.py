@@ -143,7 +143,8 @@ def _copy_optimizer(trainer: Trainer, copies: TrainedCopies) -> Optimizer:
     except Exception as error:
         raise ValueError(
             f"find_learning_rate: {type(own).__name__} holds what can't be copied ({error}), and its first steps "
-            "are tried on a copy. Give TrainingArguments a learning_rate, and leave LoRAGAConfig.find_learning_rate out."
+            "are tried on a copy. Give TrainingArguments a learning_rate, and leave LoRAGAConfig.find_learning_rate "
+            "out."
         ) from error
 
 
