@@ -17,24 +17,19 @@ import argparse
 import json
 import math
 import statistics
-import sysconfig
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from byte_model import arguments, load_base, manual, train_base
 from peft import LoraConfig
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments, set_seed
+from transformers import set_seed
 
 from lora_ga_trainer import LoRAGAConfig, LoRAGATrainer, find_learning_rate
 
 
-LENGTH, BATCH, STEPS, HELD_OUT = 64, 16, 120, 300
-SIZES = {
-    "vocab_size": 256, "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
-}  # fmt: skip
+STEPS = 120
 RATES = [10 ** (-4 + index / 4) for index in range(11)]
 CONSTANTS = (1e-3, 2e-3, 5e-3)
 # Settings of the start, and of the adapter.
@@ -46,50 +41,17 @@ CELLS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "plain, r = 2, alpha = 64": ({"init": "none"}, {"r": 2, "lora_alpha": 64}),
     "plain, r = 64": ({"init": "none"}, {"r": 64}),
 }
-Rows = list[dict[str, Tensor]]
-
-
-def rows_of(pattern: str, limit: int) -> Rows:
-    """Cut the first `limit` bytes of files of the standard library into rows."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    content = b"".join(path.read_bytes() for path in sorted(root.glob(pattern)))[:limit]
-    ids = torch.tensor(list(content))
-    ids = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
-    return [{"input_ids": row.clone(), "labels": row.clone()} for row in ids]
-
-
-def train_base(steps: int) -> dict[str, Tensor]:
-    """Return the weights of the base model after `steps` on Python sources."""
-    set_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SIZES))
-    rows = torch.stack([row["input_ids"] for row in rows_of("asyncio/*.py", 700_000)])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, step / 100) * (1 - step / steps)
-        batch = rows[torch.randint(len(rows), (BATCH,))]
-        optimizer.zero_grad()
-        model(input_ids=batch, labels=batch).loss.backward()
-        optimizer.step()
-    return model.state_dict()
 
 
 def make_trainer(base: dict[str, Tensor], cell: str, rate: float, seed: int, steps: int) -> LoRAGATrainer:
     start, adapter = CELLS[cell]
-    rows = rows_of("pydoc_data/topics.py", 600_000)
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(1)).tolist()
+    train, held_out = manual()
     set_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**SIZES))
-    model.load_state_dict(base)
-    arguments = TrainingArguments(
-        tempfile.mkdtemp(), max_steps=steps, warmup_steps=steps // 10, learning_rate=rate, seed=seed, data_seed=seed,
-        per_device_train_batch_size=BATCH, per_device_eval_batch_size=100, weight_decay=0.0, report_to=[],
-        save_strategy="no", logging_strategy="no", disable_tqdm=True, log_level="error", use_cpu=True,
-    )  # fmt: skip
     return LoRAGATrainer(
-        model,
-        arguments,
-        train_dataset=[rows[index] for index in order[HELD_OUT:]],
-        eval_dataset=[rows[index] for index in order[:HELD_OUT]],
+        load_base(base),
+        arguments(rate, seed, steps),
+        train_dataset=train,
+        eval_dataset=held_out,
         peft_config=LoraConfig(**({"r": 8, "lora_alpha": 16, "target_modules": "all-linear"} | adapter)),
         lora_ga_config=LoRAGAConfig(**start),
     )
