@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "studies"))
 
+import directions
+import learning_rates
 import lora_pro_from_zero
+
+from lora_ga_trainer import find_adapted_layers
 
 
 def rows_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, list[str]]:
@@ -44,3 +50,65 @@ def test_a_second_run_of_the_study_trains_nothing(
     first = rows_of(monkeypatch, capsys, *words)
     monkeypatch.setattr(lora_pro_from_zero, "train", None)
     assert rows_of(monkeypatch, capsys, *words) == first
+
+
+def test_a_regret_is_what_the_found_rate_costs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One short cell: the table's regret is that of the kept losses, and a second run trains nothing anew."""
+    results = tmp_path / "rates.json"
+    options = [
+        "--cells",
+        "plain",
+        "--seeds",
+        "0",
+        "--steps",
+        "3",
+        "--base_steps",
+        "3",
+        "--rates",
+        "1e-3",
+        "1e-2",
+        "1e-1",
+    ]
+    monkeypatch.setattr(sys, "argv", ["study", "--results", str(results), *options])
+    learning_rates.main()
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| plain")]
+    kept = json.loads(results.read_text())
+    losses = {rate: kept[f"plain|0|{rate:.3e}"] for rate in (1e-3, 1e-2, 1e-1)}
+    regret = learning_rates.loss_at(losses, kept["plain|0|found"]) - min(losses.values())
+    assert float(row.split("|")[-2]) == pytest.approx(regret, abs=6e-5)
+    monkeypatch.setattr(learning_rates, "loss_after_training", lambda trainer: pytest.fail("trained again"))
+    learning_rates.main()
+
+
+def test_the_loss_between_two_rates_of_a_sweep_is_linear_in_the_logarithm() -> None:
+    losses = {1e-3: 2.0, 1e-2: 1.0, 1e-1: 3.0}
+    assert learning_rates.loss_at(losses, 1e-2) == 1.0
+    assert learning_rates.loss_at(losses, 10**-2.5) == pytest.approx(1.5)
+    assert learning_rates.loss_at(losses, 1e-9) == 2.0
+    # A parabola through (0, 2), (1, 1), (2, 3) is least at 5/6.
+    assert learning_rates.best_of(losses)[0] == pytest.approx(10 ** (-3 + 5 / 6))
+
+
+def test_directions_are_those_of_the_gradient_and_rows_keep_their_lengths(tmp_path: Path) -> None:
+    study = directions.Study(tmp_path / "directions.json", base_steps=2, steps=2)
+    model = study.model()
+    order = torch.randperm(len(study.train_rows), generator=torch.Generator().manual_seed(3)).tolist()
+    for begin in range(0, directions.SAMPLES, directions.BATCH):
+        batch = torch.stack([study.train_rows[i]["input_ids"] for i in order[begin : begin + directions.BATCH]])
+        model(input_ids=batch, labels=batch).loss.backward()
+    found = study._directions("w=0", 2, seed=3)
+    adapted = directions.with_lora(study.model(), 2, "plain")
+    lengths = [layer.stored_A.norm(dim=1) for layer in find_adapted_layers(adapted)]
+    directions.write_rows(adapted, found)
+    for layer, length in zip(find_adapted_layers(adapted), lengths, strict=True):
+        V = torch.linalg.svd(model.get_submodule(layer.name).weight.grad)[2][:2].T
+        # The projectors: a singular vector has no sign. fp32 gradients, whose gaps are percents of them.
+        torch.testing.assert_close((found[layer.name] @ found[layer.name].T).float(), V @ V.T, rtol=0, atol=1e-3)
+        torch.testing.assert_close(layer.stored_A.norm(dim=1), length)
+        assert not layer.stored_B.any()
+
+
+def test_paired_differences_have_their_standard_error() -> None:
+    assert directions.paired([1.0, 2.0, 4.0], [1.0, 1.0, 1.0]) == "+1.3333 (0.8819)"
