@@ -549,7 +549,9 @@ def test_lora_pro_is_right() -> None:
         factors = A[:r].clone(), (B[:, :r] + B[:, r:]).clone()
         expected[layer.name], before[layer.name] = reference.lora_pro_reference(*factors, G, layer.s), factors
     lr = 1e-6
-    optimizer = LoRAProOptimizer(torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr), model)
+    trained_ones = [p for p in model.parameters() if p.requires_grad]
+    # Without a floor it is the theorem, however the lengths of the factors compare.
+    optimizer = LoRAProOptimizer(torch.optim.SGD(trained_ones, lr=lr), model, floor=0.0)
     optimizer.step()
     for layer in layers:
         r, A, B = layer.rank, layer.stored_A.detach(), layer.stored_B.detach()
