@@ -14,7 +14,7 @@ from .optimizers.registry import OPTIMIZERS, ChosenOptimizer, OptimizerEntry, co
 
 
 DIRECTIONS = ("ArB2r", "A2rBr", "ArBr", "random")
-SCALES = ("stable", "unit", "gd", "weight_svd")
+SCALES = ("stable", "unit", "gd", "matched", "weight_svd")
 ESTIMATORS = ("sketch", "exact")
 PROBE_ORDERS = ("random", "train")
 
@@ -84,7 +84,9 @@ class LoRAGAConfig:
         direction: LoRA-GA: which of the top 2r singular pairs of the gradient go to A and which to B. 'ArB2r': A the
             first r, B the next r; 'A2rBr': the reverse; 'ArBr': alternating; 'random': a seeded split.
         scale: LoRA-GA: the common length c of the rows of A0 and the columns of B0. 'stable': out^(1/4)/sqrt(gamma);
-            'unit': 1; 'gd': 1/s; 'weight_svd': mean of sqrt(S_W[:r]/s) over the singular values of the base weight.
+            'unit': 1; 'gd': 1/s; 'matched': sqrt(out/(3(in+out))), with which AdamW's first step moves a weight as far
+            as from plain LoRA's start; 'weight_svd': mean of sqrt(S_W[:r]/s) over the singular values of the base
+            weight.
         gamma: The larger, the shorter the start. Default: 16 for LoRA-GA, 128 for LoRA-One (the papers').
         estimator: 'sketch' keeps small products of the gradient with test matrices; 'exact' keeps all of it in fp32.
             Layers for which the exact form is smaller than the sketch use it by themselves.

@@ -55,11 +55,13 @@ def split_directions(direction, r, m):
     return sorted(I_A), sorted(I_B)
 
 
-def lora_ga_scale_reference(out_features, r, gamma, scale, s, W=None):
+def lora_ga_scale_reference(out_features, r, gamma, scale, s, W=None):  # W (out, in)
     """Return `c`, the common length of the rows of A0 and the columns of B0.
 
     `stable`: `d_out^(1/4) / sqrt(gamma)` (LoRA-GA, Algorithm 1, from the stability of Theorem 3.2). `unit`: 1.
     `gd`: `1/s` (Theorem 3.1 with zeta = 1: the first step is a full gradient step of the same learning rate).
+    `matched`: mean squares of the entries of the first sign step, `r c^2 / in + r c^2 / out`, as from plain LoRA,
+    whose `A` is uniform up to `1 / sqrt(in)`: r times a third of `1 / in`.
     `weight_svd`: the mean of `sqrt(sigma_i(W) / s)` over the top r (the authors' code; not in the paper).
     """
     if scale == "stable":
@@ -68,6 +70,9 @@ def lora_ga_scale_reference(out_features, r, gamma, scale, s, W=None):
         return 1.0
     if scale == "gd":
         return 1.0 / s
+    if scale == "matched":
+        in_features = W.shape[1]
+        return math.sqrt((1 / in_features / 3) / (1 / in_features + 1 / out_features))
     if scale == "weight_svd":
         roots = [math.sqrt(float(sigma) / s) for sigma in torch.linalg.svdvals(W.double())][:r]
         return sum(roots) / len(roots)

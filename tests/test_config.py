@@ -32,7 +32,7 @@ def test_gamma_follows_the_init_unless_it_is_given(init, gamma):
         ("init", "LoRA_GA", "lora_ga, lora_one, none"),
         ("init", None, "lora_ga, lora_one, none"),
         ("direction", "ArB3r", "ArB2r, A2rBr, ArBr, random"),
-        ("scale", "huge", "stable, unit, gd, weight_svd"),
+        ("scale", "huge", "stable, unit, gd, matched, weight_svd"),
         ("estimator", "svd", "sketch, exact"),
         ("correction", "lora_prod", "none, lora_pro, lora_pro_adamw"),
     ],

@@ -31,6 +31,7 @@ def lora_ga_scale(
     gamma: float = 16.0,
     scale: str = "stable",
     s: float = 1.0,
+    in_features: int | None = None,
     weight_singular_values: Tensor | None = None,  # (>= min(r, out, in),), descending
 ) -> float:
     """
@@ -40,8 +41,14 @@ def lora_ga_scale(
     makes the first SGD step of the adapter that of full fine-tuning on the best rank-2r gradient; `weight_svd` is the
     mean of `sqrt(S_W[:r] / s)`, the size PiSSA would give the factors.
 
+    `matched` is ours: the first step of AdamW moves a weight as far as it does from plain LoRA's start. That step is
+    the rate times a sign in every entry, so it moves the weight by `s (sign(gB) A0 + B0 sign(gA))`, of mean square
+    `s^2 r c^2 (1/in + 1/out)` where the signs are as good as random. Plain LoRA has `B0 = 0` and entries of variance
+    `1 / (3 in)` in `A0`: `s^2 r / (3 in)`. They are equal for `c = sqrt(out / (3 (in + out)))`.
+
     Raises:
-        `ValueError`: on `gamma <= 0`, an unknown `scale`, or `weight_svd` without `weight_singular_values`.
+        `ValueError`: on `gamma <= 0`, an unknown `scale`, `weight_svd` without `weight_singular_values`, or `matched`
+            without `in_features`.
     """
     if not gamma > 0:
         raise ValueError(f"gamma={gamma!r} must be greater than 0.")
@@ -49,6 +56,10 @@ def lora_ga_scale(
         return out_features**0.25 / math.sqrt(gamma)
     if scale == "unit":
         return 1.0
+    if scale == "matched":
+        if in_features is None:
+            raise ValueError("scale='matched' needs in_features, the columns of W.")
+        return math.sqrt(out_features / (3 * (in_features + out_features)))
     if scale in ("gd", "weight_svd") and not s > 0:
         raise ValueError(f"scale={scale!r} divides by s={s!r}: it must be greater than 0. Use a positive lora_alpha.")
     if scale == "gd":
@@ -57,7 +68,7 @@ def lora_ga_scale(
         if weight_singular_values is None:
             raise ValueError("scale='weight_svd' needs weight_singular_values, the singular values of W.")
         return (weight_singular_values[:r] / s).sqrt().mean().item()
-    raise ValueError(f"scale={scale!r} is unknown. Choose one of stable, unit, gd, weight_svd.")
+    raise ValueError(f"scale={scale!r} is unknown. Choose one of stable, unit, gd, matched, weight_svd.")
 
 
 def split_directions(
@@ -136,7 +147,15 @@ def lora_ga_factors(
     Raises:
         `ValueError`: on an unknown or impossible argument, naming it.
     """
-    c = lora_ga_scale(U.shape[0], r, gamma=gamma, scale=scale, s=s, weight_singular_values=weight_singular_values)
+    c = lora_ga_scale(
+        U.shape[0],
+        r,
+        gamma=gamma,
+        scale=scale,
+        s=s,
+        in_features=Vt.shape[1],
+        weight_singular_values=weight_singular_values,
+    )
     m = min(U.shape[0], Vt.shape[1])
     if weight_singular_values is not None and len(weight_singular_values) < min(r, m):
         raise ValueError(

@@ -36,6 +36,7 @@ CONSTANTS = (1e-3, 2e-3, 5e-3)
 CELLS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "plain": ({"init": "none"}, {}),
     "lora_ga": ({"init": "lora_ga"}, {}),
+    "lora_ga, matched": ({"init": "lora_ga", "scale": "matched"}, {}),
     "lora_one": ({"init": "lora_one"}, {}),
     "lora_plus": ({"init": "none", "loraplus_lr_ratio": 16.0}, {}),
     "plain, r = 2, alpha = 64": ({"init": "none"}, {"r": 2, "lora_alpha": 64}),
