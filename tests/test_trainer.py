@@ -382,7 +382,7 @@ def test_auto_find_batch_size_initialises_once(tmp_path: Any, monkeypatch: Any) 
 
     reports = []
     trainer = swap(tmp_path, auto_find_batch_size=True, callbacks=[OutOfMemoryOnce()])
-    monkeypatch.setattr("lora_ga_trainer.callback.publish", lambda trainer, report: reports.append(report))
+    monkeypatch.setattr("lora_ga_trainer.callback.publish", lambda trainer, report, **options: reports.append(report))
     trainer.train()
     assert len(reports) == 1
     assert trainer.state.global_step == 4
