@@ -109,8 +109,9 @@ class LoRAGACallback(TrainerCallback):
             self._begin(args, state, model)
         if self.only_finds_rate:
             raise _Found(self.rate.search())
-        with self._timed():
-            self.rate.begin(model)
+        if self.rate.is_due(model):
+            with self._timed():
+                self.rate.begin(model)
 
     def _begin(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
         """Give the adapter its start, unless it has one."""

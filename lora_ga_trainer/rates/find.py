@@ -182,6 +182,10 @@ class RateChoice:
         """Find a rate, and hand it to nobody."""
         return search_learning_rate(self.trainer, self.config, self.probe_dataset)
 
+    def is_due(self, model: nn.Module) -> bool:
+        """Tell whether a rate is asked for that this model has not been given."""
+        return self.config.find_learning_rate and self._model() is not model
+
     def begin(self, model: nn.Module) -> None:
         """
         Find the rate and train with it; on a resume, train with the one that the checkpoint has.
@@ -189,8 +193,6 @@ class RateChoice:
         Args:
             model: the bare model, whose adapter has its start.
         """
-        if not self.config.find_learning_rate or self._model() is model:
-            return
         if self.trainer.state.global_step > 0:
             apply_rate(self.trainer, resumed_rate(self.trainer))
         else:
