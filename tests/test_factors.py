@@ -283,12 +283,11 @@ def test_only_the_top_2r_triplets_are_used():
 def test_scale_formulas(scale, options, c):
     spectrum = options.get("spectrum")
     got = lora_ga_scale(
-        options["out_features"],
+        (options["out_features"], options.get("in_features", 7)),
         options["r"],
         gamma=options["gamma"],
         scale=scale,
         s=options.get("s", 1.0),
-        in_features=options.get("in_features"),
         weight_singular_values=None if spectrum is None else torch.tensor(spectrum, dtype=torch.float64),
     )
     assert isinstance(got, float)

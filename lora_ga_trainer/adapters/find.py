@@ -111,7 +111,7 @@ def _require_linear(name: str, module: BaseTunerLayer, adapter: str) -> None:
     if not linear:
         raise ValueError(
             f"Layer {name}: {type(module).__name__} adapts a {type(base).__name__}, which gets no start. Linear "
-            "layers (`nn.Linear` and the quantised layers derived from it), Conv1D layers, convolutions and "
+            "layers (`nn.Linear` and the quantised layers derived from it), Conv1D layers, convolutions, "
             "embeddings and nn.MultiheadAttention do. Leave the others out of `target_modules`, load the base in "
             "another format, or use LoRAGAConfig(init='none')."
         )

@@ -25,17 +25,16 @@ def fix_signs(
 
 
 def lora_ga_scale(
-    out_features: int,
+    shape: tuple[int, int],
     r: int,
     *,
     gamma: float = 16.0,
     scale: str = "stable",
     s: float = 1.0,
-    in_features: int | None = None,
     weight_singular_values: Tensor | None = None,  # (>= min(r, out, in),), descending
 ) -> float:
     """
-    Compute the common length `c` of the rows of `A0` and the columns of `B0`.
+    Compute the common length `c` of the rows of `A0` and the columns of `B0`, for a weight of `shape` `(out, in)`.
 
     `stable` is section 3.3 of LoRA-GA (arXiv 2407.05000), `out^(1/4) / sqrt(gamma)`; `unit` is 1; `gd` is `1/s`, which
     makes the first SGD step of the adapter that of full fine-tuning on the best rank-2r gradient; `weight_svd` is the
@@ -47,18 +46,16 @@ def lora_ga_scale(
     `1 / (3 in)` in `A0`: `s^2 r / (3 in)`. They are equal for `c = sqrt(out / (3 (in + out)))`.
 
     Raises:
-        `ValueError`: on `gamma <= 0`, an unknown `scale`, `weight_svd` without `weight_singular_values`, or `matched`
-            without `in_features`.
+        `ValueError`: on `gamma <= 0`, an unknown `scale`, or `weight_svd` without `weight_singular_values`.
     """
     if not gamma > 0:
         raise ValueError(f"gamma={gamma!r} must be greater than 0.")
+    out_features, in_features = shape
     if scale == "stable":
         return out_features**0.25 / math.sqrt(gamma)
     if scale == "unit":
         return 1.0
     if scale == "matched":
-        if in_features is None:
-            raise ValueError("scale='matched' needs in_features, the columns of W.")
         return math.sqrt(out_features / (3 * (in_features + out_features)))
     if scale in ("gd", "weight_svd") and not s > 0:
         raise ValueError(f"scale={scale!r} divides by s={s!r}: it must be greater than 0. Use a positive lora_alpha.")
@@ -147,16 +144,9 @@ def lora_ga_factors(
     Raises:
         `ValueError`: on an unknown or impossible argument, naming it.
     """
-    c = lora_ga_scale(
-        U.shape[0],
-        r,
-        gamma=gamma,
-        scale=scale,
-        s=s,
-        in_features=Vt.shape[1],
-        weight_singular_values=weight_singular_values,
-    )
-    m = min(U.shape[0], Vt.shape[1])
+    shape = (U.shape[0], Vt.shape[1])
+    c = lora_ga_scale(shape, r, gamma=gamma, scale=scale, s=s, weight_singular_values=weight_singular_values)
+    m = min(shape)
     if weight_singular_values is not None and len(weight_singular_values) < min(r, m):
         raise ValueError(
             f"{len(weight_singular_values)} weight_singular_values were given, {min(r, m)} are needed for rank {r}."

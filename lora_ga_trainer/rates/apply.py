@@ -35,11 +35,31 @@ def require_rate_can_be_found(trainer: Trainer) -> None:
             f"find_learning_rate: TrainingArguments.learning_rate={trainer.args.learning_rate} must be greater than "
             "0. The rates of the groups are kept in proportion to it; leave it at its default."
         )
+    _require_schedule_of_trainer(trainer, way_out)
     scheduler = trainer.lr_scheduler
     if scheduler is not None and not isinstance(scheduler, LambdaLR):
         raise ValueError(
             f"find_learning_rate: the trainer was given a {type(scheduler).__name__}, whose rates are its own. Use "
             f"`lr_scheduler_type` in TrainingArguments. {way_out}"
+        )
+
+
+def _require_schedule_of_trainer(trainer: Trainer, way_out: str) -> None:
+    """Refuse what DeepSpeed makes by itself, and schedules that know the rate they began with: it keeps its own."""
+    engine = getattr(trainer.args, "hf_deepspeed_config", None)
+    if engine is None:
+        return
+    own = [section for section in ("optimizer", "scheduler") if section in engine.config]
+    if own:
+        raise ValueError(
+            f"find_learning_rate: the DeepSpeed config has a section {own[0]!r}, which is DeepSpeed's own and has a "
+            f"rate of its own. Leave it out, so that the Trainer makes it. {way_out}"
+        )
+    kind, options = trainer.args.lr_scheduler_type, trainer.args.lr_scheduler_kwargs or {}
+    if kind == "polynomial" or "min_lr" in options:
+        raise ValueError(
+            f"find_learning_rate: lr_scheduler_type={str(kind.value)!r} with {dict(options)} ends at a fixed rate, "
+            f"and DeepSpeed's schedule can't be made anew for the rate that is found. Use another one. {way_out}"
         )
 
 

@@ -17,6 +17,7 @@ from ..engines.collectives import gather_integers, mean_over_processes
 from ..engines.support import probed_module
 from ..gradients.borrow import borrowed
 from ..gradients.copies import TrainedCopies
+from ..gradients.failing import failing_together
 from ..gradients.order import probe_order
 from ..gradients.samples import MicroBatch, count_items, mean_loss, micro_batches
 from ..starts.tracking import publish
@@ -34,8 +35,8 @@ PICTURE_NAME = "train/lora_ga/rate"
 
 # First updates that give the direction. From B = 0 the first moves B alone.
 UPDATES = 2
-# The rate is this times the one at which a step along the first updates lowers the loss most. Fitted on one task and
-# judged on another: docs/rates.md.
+# The rate is this times the one at which a step along the first updates lowers the loss most. Chosen on one task, and
+# the share that the best rates of another one have: docs/rates.md.
 SHARE_OF_BEST = 0.75
 # Where the search begins: the largest change of an entry in a step.
 _GUESS = 1e-2
@@ -115,9 +116,10 @@ class _Line:
         with self.copies.in_forward(), torch.no_grad(), warnings.catch_warnings():
             # Reentrant activation checkpointing warns of every pass without gradients; here none are wanted.
             warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")
-            for batch in self.batches:
+            for number, batch in enumerate(self.batches):
                 weight = count_items(self.trainer, batch)
-                loss = mean_loss(self.trainer, self.model, batch.batch, weight).item()
+                with failing_together(self.trainer, number):
+                    loss = mean_loss(self.trainer, self.model, batch.batch, weight).item()
                 if weight * batch.share > 0:
                     total, items = total + loss * weight * batch.share, items + weight * batch.share
         return mean_over_processes(self.trainer, total / items if items else 0.0, items)
@@ -127,7 +129,7 @@ def _require_tokens(trainer: Trainer, steps: Sequence[Sequence[MicroBatch]]) -> 
     """
     Refuse a loss that does not predict tokens. Collective.
 
-    With a class an example the rule chose rates from 1 to 20 times the best one: the first updates of a fresh head say
+    With a class an example the rule chose rates of many times the best one: the first updates of a fresh head say
     little of those that follow.
     """
     batch = steps[0][0].batch

@@ -16,6 +16,7 @@ from ..engines.support import bare_optimizer, steps_by_itself
 from ..gradients.borrow import attribute
 from ..gradients.copies import TrainedCopies
 from ..gradients.descent import CopyDescent
+from ..gradients.failing import failing_together
 from ..gradients.samples import MicroBatch
 from ..optimizers.wrapper import LoRAProOptimizer
 
@@ -68,8 +69,9 @@ class FirstUpdates:
         self._optimizer, taken = self._twin(), 0
         for micro_batches in steps:
             with copies.in_forward():
-                for micro_batch in micro_batches:
-                    descent.accumulate(micro_batch)
+                for number, micro_batch in enumerate(micro_batches):
+                    with failing_together(trainer, number):
+                        descent.accumulate(micro_batch)
             taken += descent.step(self._optimizer.step if taken else self._first_step)
         if not taken:
             raise ValueError("find_learning_rate: the train dataloader gave no sample with a label.")

@@ -16,7 +16,7 @@ LoRA's:
   `P` and `Q` are the mean squares of output-gradients and inputs by feature, divided by their means, and l is .01;
 * `lora_ga`: LoRA-GA's own start.
 
-Takes 2 hours on one CPU core and continues from its file.
+Takes about 2 hours on one CPU core and continues from its file.
 """
 
 import argparse

@@ -10,7 +10,7 @@ linear decay. The score is the loss on 300 held-out rows (18,900 bytes).
 
 Printed for each cell and seed: the best rate (of the parabola through the best three), the found one, and the regret:
 loss at the found rate, between those of its neighbours in the sweep, less the loss at the best rate. The last lines
-compare with one rate for all cells. Takes 50 minutes on one CPU core and continues from its file.
+compare with one rate for all cells. Takes about an hour on one CPU core and continues from its file.
 """
 
 import argparse

@@ -138,7 +138,7 @@ def check_exact(layer: Layer) -> None:
     rounding = 100 * U + (2.0**-8 if layer.dtype is torch.bfloat16 else 0)
     assert norm(estimator.G.double() - layer.G) <= rounding * layer.size
     G, r = estimator.G.double(), layer.r  # from here on in fp32: the laws are those of the sum
-    S, c, m = torch.linalg.svdvals(G), lora_ga_scale(len(G), r), min(G.shape)
+    S, c, m = torch.linalg.svdvals(G), lora_ga_scale(tuple(G.shape), r), min(G.shape)
     error = svd_error(S, min(2 * r, m))
     B, A = start("lora_ga", estimator, layer)
     A = A[:m]  # B is zero where A's rows are random, and such rows are no part of the law
@@ -166,7 +166,7 @@ def check_sketched(layer: Layer) -> tuple[float, float]:
     for basis in (top.U.double(), top.Vt.double().T):
         assert norm(basis.T @ basis - eye) <= SVD_ERROR * math.sqrt(2 * r)
     B, A = start("lora_ga", estimator, layer)
-    c = lora_ga_scale(len(layer.G), r)
+    c = lora_ga_scale(tuple(layer.G.shape), r)
     for gram in (B.T @ B, A @ A.T):  # orthogonal directions, all of the one length
         assert norm(gram / c**2 - eye[:r, :r]) <= SVD_ERROR * math.sqrt(r)
     B, A = start("lora_one", estimator, layer)
