@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 
 
@@ -92,7 +93,7 @@ def test_the_loss_between_two_rates_of_a_sweep_is_linear_in_the_logarithm() -> N
 
 
 def test_directions_are_those_of_the_gradient_and_rows_keep_their_lengths(tmp_path: Path) -> None:
-    study = directions.Study(tmp_path / "directions.json", base_steps=2, steps=2)
+    study = directions.Study(tmp_path / "directions.json", "manual", base_steps=2, steps=2)
     model = study.model()
     order = torch.randperm(len(study.train_rows), generator=torch.Generator().manual_seed(3)).tolist()
     for begin in range(0, directions.SAMPLES, directions.BATCH):
@@ -108,6 +109,14 @@ def test_directions_are_those_of_the_gradient_and_rows_keep_their_lengths(tmp_pa
         torch.testing.assert_close((found[layer.name] @ found[layer.name].T).float(), V @ V.T, rtol=0, atol=1e-3)
         torch.testing.assert_close(layer.stored_A.norm(dim=1), length)
         assert not layer.stored_B.any()
+
+
+def test_the_scalings_are_what_their_names_say() -> None:
+    scalings = dict.fromkeys(("plain", "rslora", "alpha16", "alpha256"), 0.0)
+    for arm in scalings:
+        model = directions.with_lora(tiny.llama(), 4, arm)
+        scalings[arm] = find_adapted_layers(model)[0].scaling
+    assert scalings == {"plain": 2.0, "rslora": 8.0, "alpha16": 4.0, "alpha256": 128.0}
 
 
 def test_paired_differences_have_their_standard_error() -> None:

