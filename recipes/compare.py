@@ -10,6 +10,7 @@ on where it stopped. `--plan_only true` says what it would cost. `comparison/met
 
 from pathlib import Path
 
+from accelerate import PartialState
 from comparison.arms import parse_arms
 from comparison.outcome import draw, reference_loss, shown_metric, to_json, to_table
 from comparison.plan import describe_plan
@@ -74,3 +75,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    # Threads of gloo that outlive the interpreter can abort it.
+    PartialState().destroy_process_group()

@@ -9,6 +9,7 @@ Any value of the YAML file can be given on the command line too, where it wins: 
 import json
 from pathlib import Path
 
+from accelerate import PartialState
 from finetuning.arguments import parse
 from finetuning.cpu import adapt_to_cpu
 from finetuning.data import load_data
@@ -68,3 +69,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    # Threads of gloo that outlive the interpreter can abort it.
+    PartialState().destroy_process_group()

@@ -10,6 +10,7 @@ YAML file can be given on the command line too, where it wins. `--help` lists th
 
 from pathlib import Path
 
+from accelerate import PartialState
 from finetuning.arguments import SourceArguments, parse
 from finetuning.cpu import adapt_to_cpu
 from finetuning.data import load_rows
@@ -75,3 +76,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    # Threads of gloo that outlive the interpreter can abort it.
+    PartialState().destroy_process_group()

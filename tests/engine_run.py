@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import tiny
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -386,3 +386,5 @@ if __name__ == "__main__":
     torch.save(found, folder / engine / f"{part}-{os.environ['RANK']}.pt")
     if part == "main":
         torch.save(refused(engine, folder), folder / engine / f"refused-{os.environ['RANK']}.pt")
+    # Threads of gloo that outlive the interpreter can abort it.
+    PartialState().destroy_process_group()

@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
@@ -96,3 +97,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    # Threads of gloo that outlive the interpreter can abort it.
+    PartialState().destroy_process_group()

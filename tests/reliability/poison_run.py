@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from test_poison import make, rows
 
 
@@ -35,3 +36,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    # Threads of gloo that outlive the interpreter can abort it.
+    PartialState().destroy_process_group()
