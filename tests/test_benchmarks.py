@@ -6,6 +6,7 @@ import json
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 import anchored
 import factorise
 import fidelity
+import gpu
 import lora_pro
 import order
 from cost_models import MODELS
@@ -107,7 +109,7 @@ def test_a_throughput_is_that_of_plain_adamw_over_the_optimizers_in_the_same_rou
         return tuple(slow * value for value in seconds[optimizer])
 
     monkeypatch.setattr(lora_pro, "one_round", one_round)
-    monkeypatch.setattr(lora_pro, "make_optimizers", lambda model: {name: name for name in seconds})
+    monkeypatch.setattr(lora_pro, "make_optimizers", lambda model, chosen: {name: name for name in seconds})
     found = lora_pro.measure(None, None, rounds)
     assert {name: row["throughput"] for name, row in found.items()} == {
         "adamw": 1.0,
@@ -148,6 +150,48 @@ def test_the_lora_pro_benchmark_runs(tmp_path):
     for row in found.values():
         assert row["throughput_min"] <= row["throughput"] <= row["throughput_max"]
         assert row["throughput_from_steps"] == pytest.approx((passes + plain) / (passes + row["step_seconds"]))
+
+
+# --- what a GPU is measured with ------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_program_for_a_gpu_runs_every_part_on_a_cpu_and_continues(tmp_path):
+    command = [sys.executable, str(FOLDER / "gpu.py"), "--device", "cpu", "--quick"]
+    command += ["--output", str(tmp_path / "gpu.json")]
+    first = subprocess.run(command, capture_output=True, text=True, timeout=550, check=False)
+    assert first.returncode == 0, first.stderr[-3000:]
+    found = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))["parts"]
+    assert list(found) == ["tests", "start 1b", "steps 1b", "anchored 1b"]
+    assert not [part for part in found.values() if "error" in part]
+    assert "1 passed" in found["tests"]["said"]
+    begin = time.monotonic()
+    second = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert second.stdout == first.stdout
+    assert time.monotonic() - begin < 60, "nothing is measured again"
+
+
+def test_a_part_that_fails_or_takes_too_long_is_told_and_tried_again(tmp_path, monkeypatch, capsys):
+    errors = ["exit 1: no memory", "ran longer than its 5 s"]
+    said = iter({"seconds": 1.0, "error": error} for error in errors)
+    monkeypatch.setattr(gpu, "run_part", lambda part, quick, limit: next(said))
+    words = ["gpu.py", "--device", "cpu", "--quick", "--parts", "start 1b", "--output", str(tmp_path / "gpu.json")]
+    for error in errors:
+        monkeypatch.setattr(sys, "argv", words)
+        gpu.main()
+        assert f"| start 1b | failed | {error} |" in capsys.readouterr().out
+
+
+def test_the_models_of_a_gpu_are_refused_on_a_cpu(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu"])
+    with pytest.raises(SystemExit):
+        gpu.main()
+    assert "Add --quick" in capsys.readouterr().err
+
+
+def test_a_call_is_stopped_at_its_limit():
+    assert gpu.call([sys.executable, "-c", "import time; time.sleep(60)"], 0.5)["error"] == "ran longer than its 0 s"
+    assert "boom" in gpu.call([sys.executable, "-c", "raise SystemExit('boom')"], 30)["error"]
 
 
 # --- singular vectors, and what a sketch keeps ---------------------------------------------------------------------

@@ -25,7 +25,7 @@ def smollm2(dtype: torch.dtype = torch.float32) -> nn.Module:
 def random_llama(
     hidden: int, intermediate: int, layers: int, heads: int, dtype: torch.dtype = torch.float32
 ) -> nn.Module:
-    """Make a random Llama with a quarter as many key and value heads, born in `dtype`."""
+    """Make a random Llama with a quarter as many key and value heads, born in `dtype`, on the GPU if there is one."""
     config = LlamaConfig(
         hidden_size=hidden,
         intermediate_size=intermediate,
@@ -37,7 +37,8 @@ def random_llama(
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        return LlamaForCausalLM(config)
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            return LlamaForCausalLM(config)
     finally:
         torch.set_default_dtype(before)
 
@@ -53,5 +54,7 @@ MODELS = {
     "smollm2": smollm2,
     "llama2048": lambda dtype=torch.float32: random_llama(2048, 5632, 4, 32, dtype),
     "llama2048x8": lambda dtype=torch.float32: random_llama(2048, 5632, 8, 32, dtype),
+    "llama1b": lambda dtype=torch.bfloat16: random_llama(2048, 5632, 16, 32, dtype),
+    "llama7b": lambda dtype=torch.bfloat16: random_llama(4096, 11008, 32, 32, dtype),
     "tiny": lambda dtype=torch.float32: random_llama(128, 256, 4, 4, dtype),
 }

@@ -16,6 +16,7 @@ import json
 import platform
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -30,16 +31,20 @@ from torch.profiler import ProfilerActivity, profile
 from lora_ga_trainer import LoRAProAdamW, LoRAProOptimizer
 
 
-def make_optimizers(model: nn.Module) -> dict[str, torch.optim.Optimizer]:
+OPTIMIZERS = ("adamw", "lora_pro", "lora_pro_adamw", "lora_pro_adamw bf16")
+
+
+def make_optimizers(model: nn.Module, names: Sequence[str] = OPTIMIZERS) -> dict[str, torch.optim.Optimizer]:
     """All move the same parameters, so slowly that they stay what they are."""
     trained = [p for p in model.parameters() if p.requires_grad]
     plain = lambda: torch.optim.AdamW(trained, lr=1e-7)
-    return {
-        "adamw": plain(),
-        "lora_pro": LoRAProOptimizer(plain(), model),
-        "lora_pro_adamw": LoRAProAdamW(trained, model, lr=1e-7),
-        "lora_pro_adamw bf16": LoRAProAdamW(trained, model, lr=1e-7, state_dtype=torch.bfloat16),
+    makers = {
+        "adamw": plain,
+        "lora_pro": lambda: LoRAProOptimizer(plain(), model),
+        "lora_pro_adamw": lambda: LoRAProAdamW(trained, model, lr=1e-7),
+        "lora_pro_adamw bf16": lambda: LoRAProAdamW(trained, model, lr=1e-7, state_dtype=torch.bfloat16),
     }
+    return {name: makers[name]() for name in names}
 
 
 def one_round(model: nn.Module, optimizer: torch.optim.Optimizer, ids: torch.Tensor) -> tuple[float, float]:
@@ -53,8 +58,10 @@ def one_round(model: nn.Module, optimizer: torch.optim.Optimizer, ids: torch.Ten
     return end - begin, end - before
 
 
-def measure(model: nn.Module, ids: torch.Tensor, rounds: int) -> dict[str, dict[str, float]]:
-    optimizers = make_optimizers(model)
+def measure(
+    model: nn.Module, ids: torch.Tensor, rounds: int, chosen: Sequence[str] = OPTIMIZERS
+) -> dict[str, dict[str, float]]:
+    optimizers = make_optimizers(model, chosen)
     names = list(optimizers)
     for name in names:  # allocates states
         one_round(model, optimizers[name], ids)
@@ -81,9 +88,10 @@ def measure(model: nn.Module, ids: torch.Tensor, rounds: int) -> dict[str, dict[
     return found
 
 
-def profile_steps(model: nn.Module, ids: torch.Tensor) -> dict[str, str]:
+def profile_steps(model: nn.Module, ids: torch.Tensor, chosen: Sequence[str]) -> dict[str, str]:
     tables = {}
-    for name, optimizer in make_optimizers(model).items():
+    for name in chosen:
+        (optimizer,) = make_optimizers(model, [name]).values()
         one_round(model, optimizer, ids)
         activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if ids.is_cuda else [])
         with profile(activities=activities) as profiler:
@@ -102,6 +110,8 @@ def describe(device: torch.device) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="smollm2")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=OPTIMIZERS, help="adamw among them")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=256)
@@ -112,15 +122,18 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         args.model, args.rounds, args.rows, args.tokens = "tiny", 5, 2, 32
+    if "adamw" not in args.optimizers:
+        parser.error(f"--optimizers {' '.join(args.optimizers)}: adamw, which they are compared with, is missing.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
-    model = get_peft_model(MODELS[args.model](), LoraConfig(r=args.rank, target_modules="all-linear")).to(device)
+    base = MODELS[args.model](getattr(torch, args.dtype))
+    model = get_peft_model(base, LoraConfig(r=args.rank, target_modules="all-linear")).to(device)
     with torch.no_grad():  # a start of B = 0 would skip work
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.02)
     ids = torch.randint(0, 4096, (args.rows, args.tokens), device=device)
-    found = measure(model, ids, args.rounds)
+    found = measure(model, ids, args.rounds, args.optimizers)
     work = f"{args.model}, r={args.rank}, {args.rows} x {args.tokens} tokens"
     print(f"{work}, {describe(device)}, torch {torch.__version__}")
     for name, row in found.items():
@@ -129,10 +142,12 @@ def main() -> None:
             f"{row['throughput_max']:.3f}), from steps {row['throughput_from_steps']:.3f}; step "
             f"{row['step_seconds'] * 1e3:.1f} ms, passes {row['passes_seconds'] * 1e3:.1f} ms"
         )
-    for name, table in profile_steps(model, ids).items():
+    tables = profile_steps(model, ids, args.optimizers)
+    for name, table in tables.items():
         print(f"\n{name}\n{table}")
     if args.output:
         content = {"arguments": vars(args), "device": describe(device), "torch": torch.__version__, "results": found}
+        content["profiles"] = tables
         Path(args.output).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 
@@ -31,6 +32,7 @@ from cost_models import MODELS, clock
 from peft import LoraConfig, LoraGAConfig, get_peft_model
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor, nn
+from torch.profiler import profile, supported_activities
 from transformers import TrainerCallback, TrainingArguments
 
 from lora_ga_trainer import LoRAGAConfig, LoRAGATrainer
@@ -97,9 +99,11 @@ class _AtFirstStep(TrainerCallback):
         control.should_training_stop = True
 
 
-def run_ours(model: nn.Module, batches: list[Tensor], rank: int, estimator: str) -> dict[str, float]:
+def run_ours(
+    model: nn.Module, batches: list[Tensor], rank: int, estimator: str, profiled: bool
+) -> dict[str, float | str]:
     adapted, before = plain_step(model, batches, rank)
-    rows = [{"input_ids": ids, "labels": ids} for batch in batches for ids in batch]
+    rows = [{"input_ids": ids, "labels": ids} for batch in batches for ids in batch.cpu()]  # as data sets hold them
     config = LoRAGAConfig(num_samples=len(rows), estimator=estimator)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
@@ -115,8 +119,12 @@ def run_ours(model: nn.Module, batches: list[Tensor], rank: int, estimator: str)
         trainer = LoRAGATrainer(adapted, arguments, train_dataset=rows, lora_ga_config=config)
         look = _AtFirstStep()
         trainer.add_callback(look)
-        trainer.train()
+        with profile(activities=supported_activities()) if profiled else nullcontext() as profiler:
+            trainer.train()
     report = trainer.lora_ga_report
+    if profiled:
+        sort = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+        return {"profile": profiler.key_averages().table(sort_by=sort, row_limit=20)}
     return {
         "seconds": report.seconds,
         "init_seconds": report.seconds - report.probe_seconds,
@@ -137,7 +145,7 @@ def work(args: argparse.Namespace) -> dict[str, float]:
         return run_floor(model, batches, args.rank)
     if args.worker == "peft":
         return run_peft(model, batches, args.rank)
-    return run_ours(model, batches, args.rank, args.estimator)
+    return run_ours(model, batches, args.rank, args.estimator, args.worker == "profile")
 
 
 def launch(worker: str, words: list[str]) -> dict[str, float]:
@@ -171,9 +179,10 @@ def main() -> None:
     parser.add_argument("--estimator", choices=("sketch", "exact"), default="sketch")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--profile", action="store_true", help="add a table of the operators of one more start")
     parser.add_argument("--quick", action="store_true", help="a tiny model, 4 x 32 tokens, one round")
     parser.add_argument("--output", help="a JSON file for the figures")
-    parser.add_argument("--worker", choices=("floor", "ours", "peft"), help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=("floor", "ours", "peft", "profile"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.quick:
         args.model, args.micro_batches, args.tokens, args.rounds = "tiny", 4, 32, 1
@@ -188,6 +197,9 @@ def main() -> None:
         for name in names:
             print(f"round {turn + 1}: {name:5s} {json.dumps(found[name])}", flush=True)
     result = {"arguments": vars(args), **environment(), "rounds": rounds, "summary": summarise(rounds)}
+    if args.profile:
+        result |= launch("profile", sys.argv[1:])
+        print(result["profile"])
     for name, row in result["summary"].items():
         print(f"{name:24s} " + ", ".join(f"{key} {value:.3f}" for key, value in row.items()))
     if args.output:

@@ -77,5 +77,5 @@ def arguments(rate: float, seed: int, steps: int, **changes: Any) -> TrainingArg
     return TrainingArguments(
         tempfile.mkdtemp(), max_steps=steps, warmup_steps=steps // 10, learning_rate=rate, seed=seed, data_seed=seed,
         per_device_train_batch_size=BATCH, per_device_eval_batch_size=100, weight_decay=0.0, report_to=[],
-        save_strategy="no", logging_strategy="no", disable_tqdm=True, log_level="error", use_cpu=True, **changes,
+        save_strategy="no", logging_strategy="no", disable_tqdm=True, log_level="error", **changes,
     )  # fmt: skip

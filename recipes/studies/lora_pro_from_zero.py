@@ -62,7 +62,6 @@ def train(init: str, correction: str, rate: float, steps: int, seed: int) -> tup
     arguments = TrainingArguments(
         tempfile.mkdtemp(), max_steps=steps, warmup_steps=steps // 10, learning_rate=rate, seed=seed, logging_steps=1,
         per_device_train_batch_size=8, report_to=[], save_strategy="no", disable_tqdm=True, log_level="error",
-        use_cpu=True,
     )  # fmt: skip
     look = LookAtStart()
     trainer = LoRAGATrainer(
