@@ -6,13 +6,14 @@ import logging
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
+from .adapters.dropout import dropped_factors, require_droppable
 from .adapters.find import find_adapted_layers, find_lora_layers
 from .config import LoRAGAConfig
 from .gradients.borrow import attribute
@@ -84,6 +85,7 @@ class LoRAGACallback(TrainerCallback):
         self.start_seconds = 0.0
         self.only_finds_rate = False
         self._warm_model: Callable[[], nn.Module | None] = lambda: None
+        self._dropout = ExitStack()
         overrides = getattr(trainer, "overrides_trainer_methods", False)
         if not overrides:
             _require_no_optimizer(self.config)
@@ -91,6 +93,13 @@ class LoRAGACallback(TrainerCallback):
         self._evaluates = only_evaluates(trainer, probe_dataset)
         if self.config.init != "none" and not self._evaluates:
             prepare_trainer(trainer, self.config, probe_dataset)
+        if self.config.factor_dropout > 0:
+            require_droppable(find_lora_layers(trainer.model))
+            if self.config.factor_dropout_ensemble > 0 and not overrides:
+                raise ValueError(
+                    f"LoRAGACallback: factor_dropout_ensemble={self.config.factor_dropout_ensemble} changes how a "
+                    "trainer evaluates, where a callback has no say. Use LoRAGATrainer or LoRAGAMixin."
+                )
         if not overrides and record_of_model(trainer.model) is not None:
             patch_trainer(trainer, self)
 
@@ -112,6 +121,14 @@ class LoRAGACallback(TrainerCallback):
         if self.rate.is_due(model):
             with self._timed():
                 self.rate.begin(model)
+        self._dropout.close()  # of a training that was cut off
+        if self.config.factor_dropout > 0:
+            self._dropout.enter_context(dropped_factors(find_lora_layers(model), self.config.factor_dropout))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._dropout.close()
 
     def _begin(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
         """Give the adapter its start, unless it has one."""

@@ -106,6 +106,11 @@ class LoRAGAConfig:
         riemannian_reg: Use PEFT's Riemannian-preconditioned optimizer with this damping (arXiv 2402.02347; LoRA-One's
             preconditioner). Not together with a correction or init='lora_ga'. PEFT puts every parameter into one
             group, so weight decay reaches biases too. Needs LoRAGATrainer or LoRAGAMixin.
+        factor_dropout: Probability with which each column of A and each row of B is dropped in a training step (LoRA
+            dropout, arXiv 2404.09610); `lora_dropout` of PEFT drops inputs token by token. Not together with a
+            correction.
+        factor_dropout_ensemble: Predictions that an evaluation averages, each with masks of its own. 0: one
+            prediction without masks. Needs LoRAGATrainer or LoRAGAMixin.
         head_warmup_steps: Steps that train only `modules_to_save` (a fresh classification head, say) before the
             gradient is taken, so that it is not the gradient of a random head.
         head_warmup_learning_rate: Learning rate of the AdamW that runs the head's warm-up steps.
@@ -136,6 +141,8 @@ class LoRAGAConfig:
     lora_pro_offload_state: bool = False
     loraplus_lr_ratio: float | None = None
     riemannian_reg: float | None = None
+    factor_dropout: float = 0.0
+    factor_dropout_ensemble: int = 0
     head_warmup_steps: int = 0
     head_warmup_learning_rate: float = 0.001
     allow_unreached: bool = True
@@ -156,7 +163,13 @@ class LoRAGAConfig:
             value = getattr(self, name)
             if value not in allowed:
                 raise ValueError(f"LoRAGAConfig: {name}={value!r} is unknown. Choose one of {', '.join(allowed)}.")
-        for name, least in (("num_samples", 1), ("sketch_size", 2), ("head_warmup_steps", 0), ("probe_seed", 0)):
+        for name, least in (
+            ("num_samples", 1),
+            ("sketch_size", 2),
+            ("head_warmup_steps", 0),
+            ("probe_seed", 0),
+            ("factor_dropout_ensemble", 0),
+        ):
             value = getattr(self, name)
             if name == "sketch_size" and value is None:
                 continue
@@ -182,6 +195,22 @@ class LoRAGAConfig:
 
         self._require_read_fields()
         self._require_one_optimizer()
+        self._require_sound_dropout()
+
+    def _require_sound_dropout(self) -> None:
+        p, members = self.factor_dropout, self.factor_dropout_ensemble
+        if type(p) not in (int, float) or not 0 <= p < 1:
+            raise ValueError(f"LoRAGAConfig: factor_dropout={p!r} must be a probability from 0 to below 1.")
+        if p > 0 and self.correction != "none":
+            raise ValueError(
+                f"LoRAGAConfig: factor_dropout={p} does not go with correction={self.correction!r}, which takes the "
+                "gradient of A for s B^T G: of masked factors it is another one. Choose one of them."
+            )
+        if members > 0 and p == 0:
+            raise ValueError(
+                f"LoRAGAConfig: factor_dropout_ensemble={members} averages over masks, and with factor_dropout=0 "
+                "there are none. Set factor_dropout, or leave the ensemble out."
+            )
 
     def _require_read_fields(self) -> None:
         """Refuse a field that the chosen init does not read: it would do nothing."""

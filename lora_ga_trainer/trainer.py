@@ -10,6 +10,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 
+from .adapters.dropout import dropped_factors, mean_of
+from .adapters.find import find_lora_layers
 from .adapters.host import find_hosts
 from .adapters.storage import anchored_parameter_names, counted_norm
 from .callback import LoRAGACallback
@@ -132,6 +134,21 @@ class LoRAGAMixin(_AnyTrainer):
         create = lambda: super(LoRAGAMixin, self).create_optimizer(*(() if model is None else (model,)))
         self.optimizer = build_optimizer(self, self.lora_ga_config.optimizer, create)
         return self.optimizer
+
+    def prediction_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
+        """Predict as the Trainer does, or as the mean of `factor_dropout_ensemble` predictions with masked factors."""
+        config = self.lora_ga_config
+        predict = lambda: super(LoRAGAMixin, self).prediction_step(model, *args, **kwargs)
+        if config.factor_dropout_ensemble == 0:
+            return predict()
+        layers = find_lora_layers(self.accelerator.unwrap_model(model))
+        with dropped_factors(layers, config.factor_dropout, in_eval=True, generator=self._mask_generator):
+            return mean_of(config.factor_dropout_ensemble, predict)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        # Every evaluation sees the same masks, and training's random numbers are left alone.
+        self._mask_generator = torch.Generator().manual_seed(self.args.seed)
+        return super().evaluation_loop(*args, **kwargs)
 
     def _adapt(self, model: nn.Module) -> nn.Module:
         """Put an adapter on a model; here it must have one already."""

@@ -333,3 +333,18 @@ def completed_from_sketches(Omega, Psi, Y, Z, m):  # (in, k), (out, k), (out, k)
     for i in range(m):
         inverse += torch.outer(Vt[i], U[:, i]) / S[i]
     return in_Psi @ GT + outside_Psi @ GT + LG @ outside_Omega + outside_Psi @ GT @ inverse @ LG @ outside_Omega
+
+
+def hypercomplex_weight(rules, s, t):  # (n, n, n), (n, out / n, 1), (n, 1, in / n) -> (out, in)
+    """Return the sum of Kronecker products of Compacter (arXiv 2106.04647, equations 4 and 5)."""
+    return sum(torch.kron(rule.double(), a.double() @ b.double()) for rule, a, b in zip(rules, s, t, strict=True))
+
+
+def tensor_of_changes(left, cores, right):  # (out, r), (L, r, r), (r, in) -> (L, out, in)
+    """Return the changes of L layers that share their outer factors, entry by entry (arXiv 2402.01376)."""
+    changes = torch.zeros(len(cores), left.shape[0], right.shape[1], dtype=torch.float64)
+    for layer, core in enumerate(cores.double()):
+        for a in range(core.shape[0]):
+            for b in range(core.shape[1]):
+                changes[layer] += core[a, b] * torch.outer(left[:, a].double(), right[b].double())
+    return changes

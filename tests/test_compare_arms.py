@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import reference
 import tiny
 import torch
 from peft import PeftModel
@@ -18,6 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
 
 import comparison.run as comparison_run
 from comparison.arms import Arm, parse_arms
+from comparison.compacter import HypercomplexLinear, WithCompacter
+from comparison.lotr import LoTRLinear
 from comparison.methods import METHODS
 from comparison.run import Task, build_trainer, count_numbers, run_arm
 from comparison.starts import Samples
@@ -96,7 +99,7 @@ def base_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {
         name.replace("base_layer.", ""): value.detach().clone()
         for name, value in base.named_parameters()
-        if not any(part in name for part in ("lora", "lokr", "ranknum"))
+        if not any(part in name for part in ("lora", "lokr", "ranknum", "lotr", "compacter"))
     }
 
 
@@ -107,7 +110,7 @@ def delta(model: PeftModel) -> dict[str, torch.Tensor]:
 CHANGES_BASE = {"full", "pissa", "olora", "peft_lora_ga"}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "inca"])  # which classifies
 def test_every_method_trains_and_only_those_that_say_so_change_the_base(task, method):
     trainer = trainer_of(task, method)
     before = base_weights(load_base())
@@ -127,7 +130,7 @@ def test_every_method_trains_and_only_those_that_say_so_change_the_base(task, me
     assert 0 < trained <= stored or method in ("lokr", "adalora")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "inca"])  # whose heads are its own
 def test_every_method_goes_on_a_classifier_and_trains_its_head(task, method):
     with torch.random.fork_rng():
         base = tiny.bert()
@@ -239,6 +242,130 @@ def test_asymmetric_lora_trains_b_alone_on_orthonormal_rows(task):
         assert layer.stored_B.any()
     trained, stored = count_numbers(trainer.model)
     assert trained < stored
+
+
+def test_lotr_changes_like_layers_by_one_tensor_of_low_rank(task):
+    trainer = trainer_of(task, "lotr")
+    before = dict(load_base().named_modules())
+    trainer.train()
+    kinds: dict[int, list[LoTRLinear]] = {}
+    for module in trainer.model.modules():
+        if isinstance(module, LoTRLinear):
+            kinds.setdefault(id(module.lotr_left), []).append(module)
+    assert sorted(len(layers) for layers in kinds.values()) == [2] * 7  # two blocks, seven layers in each
+    x = torch.randn(5, 32)
+    for layers in kinds.values():
+        left, right = layers[0].lotr_left, layers[0].lotr_right
+        assert all(layer.lotr_right is right for layer in layers)
+        cores = torch.stack([layer.lotr_core.detach() for layer in layers])
+        assert cores.flatten(1).any(dim=1).all()
+        changes = reference.tensor_of_changes(left.detach(), cores, right.detach())
+        # The rank of each side's unfolding is that of the cores, however many layers there are.
+        assert torch.linalg.matrix_rank(changes.transpose(0, 1).flatten(1)) <= 4
+        x = torch.randn(5, right.shape[1])
+        for layer, change in zip(layers, changes, strict=True):
+            with torch.no_grad():
+                moved = layer(x) - layer.base_layer(x)
+            torch.testing.assert_close(moved.double(), 2.0 * x.double() @ change.T, rtol=1e-4, atol=1e-5)
+    assert before.keys() <= {name.replace(".base_layer", "") for name, _ in trainer.model.named_modules()}
+    trained, stored = count_numbers(trainer.model)
+    shapes = {(32, 32): 2, (16, 32): 2, (48, 32): 2, (32, 48): 1}
+    assert trained == stored == sum(count * 4 * (o + i) for (o, i), count in shapes.items()) + 14 * 16
+
+
+def test_compacter_adds_sums_of_kronecker_products_behind_both_parts_of_a_block(task):
+    trainer = trainer_of(task, "compacter")
+    trainer.train()
+    layers = [module for module in trainer.model.modules() if isinstance(module, WithCompacter)]
+    assert len(layers) == 4  # two blocks: o_proj and down_proj
+    assert len({id(linear.rules) for layer in layers for linear in (layer.compacter_down, layer.compacter_up)}) == 1
+    for layer in layers:
+        x = torch.randn(5, layer.base_layer.in_features)
+        y, weights = layer.base_layer(x).detach().double(), []
+        for linear in (layer.compacter_down, layer.compacter_up):
+            parts = (linear.rules.detach(), linear.s.detach(), linear.t.detach())
+            weights.append(reference.hypercomplex_weight(*parts))
+            torch.testing.assert_close(linear.weight.detach().double(), weights[-1], rtol=1e-5, atol=1e-6)
+        down, up = (linear.bias.detach().double() for linear in (layer.compacter_down, layer.compacter_up))
+        expected = y + torch.nn.functional.gelu(y @ weights[0].T + down) @ weights[1].T + up
+        torch.testing.assert_close(layer(x).detach().double(), expected, rtol=1e-4, atol=1e-5)
+    n, bottleneck, width = 4, 12, 32
+    of_adapter = 2 * n * (width // n + bottleneck // n) + width + bottleneck
+    assert count_numbers(trainer.model)[0] == n**3 + 4 * of_adapter
+
+
+def test_a_hypercomplex_weight_has_the_size_of_a_linear_layers():
+    """Variance 1 / in, as its rules and factors are drawn."""
+    torch.manual_seed(0)
+    rules = torch.nn.Parameter(torch.randn(4, 4, 4) / 2)
+    squares = [HypercomplexLinear(64, 32, rules).weight.square().mean().item() for _ in range(200)]
+    assert sum(squares) / 200 == pytest.approx(rules.square().mean().item() * 4 / 64, rel=0.1)
+
+
+def classifier_with_inca(task: Task) -> LoRAGATrainer:
+    with torch.random.fork_rng():
+        base = tiny.bert(hidden_dropout_prob=0.5)
+    torch.manual_seed(0)
+    model = METHODS["inca"].make(base, LORA, "sequence-classification", classifier_samples(task))
+    return LoRAGATrainer(
+        model,
+        replace(task.args, max_steps=3, learning_rate=RATE),
+        train_dataset=tiny.class_rows(8),
+        eval_dataset=tiny.class_rows(4, seed=7),
+        data_collator=collate,
+        lora_ga_config=arm("inca").config,
+    )
+
+
+def test_inca_reads_a_frozen_model_without_a_backward_pass_through_it(task):
+    trainer = classifier_with_inca(task)
+    heads = {name: p.detach().clone() for name, p in trainer.model.heads.named_parameters()}
+    before = {name: p.detach().clone() for name, p in trainer.model.base.named_parameters()}
+    trainer.train()
+    assert all(torch.equal(p, before[name]) for name, p in trainer.model.base.named_parameters())
+    still = {name for name, p in trainer.model.heads.named_parameters() if torch.equal(p, heads[name])}
+    assert not still
+    batch = collate(tiny.class_rows(4, seed=7))
+    graphs: list[bool] = []
+    trainer.model.base.encoder.register_forward_hook(
+        lambda module, args, y: graphs.append(any(h.requires_grad for h in y if isinstance(h, torch.Tensor)))
+    )
+    trainer.model.train()
+    out = trainer.model(**batch)
+    assert graphs == [False]
+    assert out.loss.requires_grad
+    assert not any(module.training for module in trainer.model.base.modules())
+
+
+def test_the_heads_of_inca_learn_apart_and_padding_is_not_read(task):
+    trainer = classifier_with_inca(task)
+    model, batch = trainer.model.train(), collate(tiny.class_rows(4, seed=7))
+    alone = []
+    for number, head in enumerate(model.heads):
+        model.zero_grad()
+        with torch.no_grad():
+            h = model.base(batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True)
+        loss = torch.nn.functional.cross_entropy(
+            head(h.hidden_states[number], batch["attention_mask"] == 0), batch["labels"]
+        )
+        loss.backward()
+        alone.append([p.grad.clone() for p in head.parameters()])
+    model.zero_grad()
+    model(**batch).loss.backward()
+    for head, gradients in zip(model.heads, alone, strict=True):
+        for parameter, gradient in zip(head.parameters(), gradients, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient)
+    model.eval()
+    changed = dict(batch, input_ids=batch["input_ids"].masked_fill(batch["attention_mask"] == 0, 5))
+    with torch.no_grad():
+        one, other = model(**batch), model(**changed)
+    torch.testing.assert_close(one.logits, other.logits)
+    torch.testing.assert_close(one.loss, torch.nn.functional.cross_entropy(one.logits, batch["labels"]))
+
+
+def test_inca_is_refused_where_rows_are_not_classified(task):
+    with pytest.raises(ValueError, match=r"arm 'inca'.*sequence-classification"):
+        trainer_of(task, "inca")
 
 
 def test_peft_lora_ga_reads_the_gradient_of_the_mean_over_all_items(task):

@@ -10,6 +10,9 @@ from peft import AdaLoraConfig, LoKrConfig, LoraConfig, PeftConfig, RandLoraConf
 from torch import nn
 from transformers import Trainer
 
+from comparison.compacter import add_compacter
+from comparison.inca import add_reading_heads
+from comparison.lotr import add_lotr
 from comparison.starts import (
     Samples,
     drop_ties,
@@ -132,6 +135,13 @@ METHODS = {
     "eva": Method("EVA, arXiv 2410.07170", start_by_eva),
     "randlora": Method("RandLoRA, arXiv 2502.00987, PEFT's defaults", _make_tuner(RandLoraConfig), correctable=False),
     "lokr": Method("LoKr (Kronecker factors), arXiv 2309.14859", _make_tuner(LoKrConfig), correctable=False),
+    "lotr": Method("LoTR (one tensor for like layers), arXiv 2402.01376", add_lotr, correctable=False),
+    "compacter": Method("Compacter (hypercomplex adapters), arXiv 2106.04647", add_compacter, correctable=False),
+    "inca": Method(
+        "InCA (heads that read frozen activations), arXiv 2303.04105; classification only",
+        add_reading_heads,
+        correctable=False,
+    ),
     "asymmetric": Method(
         "asymmetric LoRA, arXiv 2402.16842: A orthogonal at random and frozen", freeze_orthogonal_A, correctable=False
     ),

@@ -209,5 +209,6 @@ def count_numbers(model: nn.Module) -> tuple[int, int]:
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     )
-    state = get_peft_model_state_dict(model) if isinstance(model, PeftModel) else model.state_dict()
-    return trained, sum(tensor.numel() for tensor in state.values())
+    if not isinstance(model, PeftModel):  # the whole model, or an adapter of our own, of which what learns is kept
+        return trained, trained
+    return trained, sum(tensor.numel() for tensor in get_peft_model_state_dict(model).values())
