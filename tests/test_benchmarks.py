@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -21,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 
 import anchored
+import at_scale
 import factorise
 import fidelity
 import gpu
@@ -192,6 +194,73 @@ def test_the_models_of_a_gpu_are_refused_on_a_cpu(monkeypatch, capsys):
 def test_a_call_is_stopped_at_its_limit():
     assert gpu.call([sys.executable, "-c", "import time; time.sleep(60)"], 0.5)["error"] == "ran longer than its 0 s"
     assert "boom" in gpu.call([sys.executable, "-c", "raise SystemExit('boom')"], 30)["error"]
+
+
+# --- many processes ------------------------------------------------------------------------------------------------
+
+AT_SCALE = """
+import json, os, sys
+sys.path.insert(0, {tests!r})
+import tiny, torch
+from peft import LoraConfig
+from transformers import TrainerCallback
+from lora_ga_trainer import LoRAGAConfig, LoRAGATrainer
+torch.set_num_threads(1)
+sent = {{"all_reduce": [], "broadcast": []}}
+for name in sent:
+    def counted(tensor, *args, call=getattr(torch.distributed, name), name=name, **kwargs):
+        sent[name].append(tensor.numel() * tensor.element_size())
+        return call(tensor, *args, **kwargs)
+    setattr(torch.distributed, name, counted)
+class Look(TrainerCallback):
+    def on_step_begin(self, *args, **kwargs):
+        place = {folder!r} + "/sent" + os.environ["RANK"] + ".json"
+        open(place, "w").write(json.dumps(sent))
+        os._exit(0)
+model = tiny.llama(hidden_size=128, intermediate_size=256, num_key_value_heads=2, num_hidden_layers=1)
+trainer = LoRAGATrainer(
+    model, tiny.arguments({folder!r}, per_device_train_batch_size=2, ddp_find_unused_parameters=False),
+    train_dataset=tiny.causal_rows(64),
+    peft_config=LoraConfig(r=1, target_modules="all-linear"),
+    lora_ga_config=LoRAGAConfig(num_samples=32),
+    callbacks=[Look()],
+)
+trainer.train()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_the_collectives_at_scale_are_those_of_real_processes(processes, tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(AT_SCALE.format(tests=str(Path(tiny.__file__).parent), folder=str(tmp_path)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(script)], capture_output=True, text=True, timeout=300, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    shapes = [(128, 128), (64, 128), (64, 128), (128, 128), (256, 128), (256, 128), (128, 256)]
+    start = at_scale.Start(shapes, r=1, samples=32, processes=processes, micro_batch=2)
+    sent = json.loads((tmp_path / "sent0.json").read_text())
+    assert [size for size in sent["all_reduce"] if size > 1000] == start.all_reduces()
+    # DDP sends the weights in the beginning.
+    assert sorted(sent["broadcast"])[-len(start.broadcasts()) :] == sorted(start.broadcasts())
+
+
+def test_at_512_processes_every_layer_has_one_owner_and_two_rounds_do(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["at_scale.py", "--processes", "8", "512"])
+    at_scale.main()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    table = [dict(zip(rows[0], row, strict=True)) for row in rows[2:]]
+    assert [row["rounds, with the look"] for row in table] == ["8", "2"]
+    assert [row["samples read"] for row in table] == ["64", "512"]
+    # 8 samples a round: turns after 8 (past 1/16), 16 and 32. At 512 there is the look alone.
+    assert [row["turns"] for row in table] == ["3", "1"]
+    assert table[1]["broadcasts"] == str(2 * 7 * 32)
+    sides = 32 * (4 * 8192 + 3 * 15104)
+    assert float(table[1]["GB all-reduced"]) == pytest.approx(4 * (64 + 80) * sides / 1e9, abs=0.01)
+    assert float(table[1]["of factorising, shared out"]) < float(table[0]["of factorising, shared out"])
 
 
 # --- singular vectors, and what a sketch keeps ---------------------------------------------------------------------
