@@ -32,6 +32,9 @@ Words, one for each thing:
 from .adapters.find import find_adapted_layers
 from .adapters.layer import AdaptedLayer
 from .adapters.storage import anchored_parameter_names
+from .analysis.analyse import analyse_adapter
+from .analysis.intruders import remove_intruders
+from .analysis.report import AdapterReport
 from .callback import LoRAGACallback, find_learning_rate
 from .config import LoRAGAConfig
 from .gradients.estimate import GradientEstimate
@@ -58,6 +61,7 @@ __all__ = [
     "INITS",
     "OPTIMIZERS",
     "AdaptedLayer",
+    "AdapterReport",
     "BuildRequest",
     "GradientEstimate",
     "GradientReport",
@@ -72,6 +76,7 @@ __all__ = [
     "OptimizerEntry",
     "RateReport",
     "Seq2SeqLoRAGATrainer",
+    "analyse_adapter",
     "anchored_parameter_names",
     "correct_gradients",
     "estimate_gradients",
@@ -82,5 +87,6 @@ __all__ = [
     "lora_ga_factors",
     "lora_one_factors",
     "newest_complete_checkpoint",
+    "remove_intruders",
     "write_start",
 ]
