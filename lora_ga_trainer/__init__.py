@@ -33,6 +33,7 @@ from .adapters.find import find_adapted_layers
 from .adapters.layer import AdaptedLayer
 from .adapters.storage import anchored_parameter_names
 from .analysis.analyse import analyse_adapter
+from .analysis.average import average_adapters
 from .analysis.intruders import remove_intruders
 from .analysis.report import AdapterReport
 from .callback import LoRAGACallback, find_learning_rate
@@ -78,6 +79,7 @@ __all__ = [
     "Seq2SeqLoRAGATrainer",
     "analyse_adapter",
     "anchored_parameter_names",
+    "average_adapters",
     "correct_gradients",
     "estimate_gradients",
     "export_adapter",
