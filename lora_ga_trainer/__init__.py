@@ -34,6 +34,7 @@ from .adapters.layer import AdaptedLayer
 from .adapters.storage import anchored_parameter_names
 from .analysis.analyse import analyse_adapter
 from .analysis.average import average_adapters
+from .analysis.callback import AdapterAnalysisCallback
 from .analysis.intruders import remove_intruders
 from .analysis.report import AdapterReport
 from .callback import LoRAGACallback, find_learning_rate
@@ -62,6 +63,7 @@ __all__ = [
     "INITS",
     "OPTIMIZERS",
     "AdaptedLayer",
+    "AdapterAnalysisCallback",
     "AdapterReport",
     "BuildRequest",
     "GradientEstimate",
