@@ -181,6 +181,20 @@ def test_biases_of_the_factors_are_scaled_as_the_products_are(tmp_path):
         torch.testing.assert_close(loaded[one.name].s * loaded[one.name].lora_bias, expected)
 
 
+def test_a_layer_without_a_bias_beside_one_with_it_adds_nothing(tmp_path):
+    """PEFT gives every layer of the result a bias; with `init_lora_weights=False` it would be a random one."""
+    one = saved(tiny.gpt2(), tmp_path / "0", 0, target_modules=["c_attn"], fan_in_fan_out=True, lora_bias=True)
+    two = saved(tiny.gpt2(), tmp_path / "1", 1, target_modules=["c_fc"], fan_in_fan_out=True)
+    average_adapters([tmp_path / "0", tmp_path / "1"], tmp_path / "out", weights=[1, 1])
+    loaded = load(tiny.gpt2(), tmp_path / "out")
+    with_bias = {layer.name: layer for layer in find_lora_layers(one)}
+    assert len(find_lora_layers(loaded)) == len(with_bias) + len(find_lora_layers(two))
+    for layer in find_lora_layers(loaded):
+        source = with_bias.get(layer.name)
+        expected = 0 * layer.lora_bias if source is None else source.s * source.lora_bias
+        torch.testing.assert_close(layer.s * layer.lora_bias, expected)
+
+
 def test_the_widest_dtype_is_kept(three, tmp_path):
     _, folders = three
     path = folders[0] / "adapter_model.safetensors"

@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
+from ..adapters.host import PREFIX
 from ..maths.products import truncate_product
 from ..saving.adapter_folder import AdapterFolder, SavedFactors, exact_key, write_adapter
 from ..saving.export import whole_scale
@@ -162,6 +163,11 @@ def _biases(adapters: Sequence[AdapterFolder], weights: Sequence[float]) -> dict
             if name.endswith(_BIAS):
                 part = w * adapter.scaling_of(name) * bias.double()
                 sums[name] = (sums[name].double() + part if name in sums else part).to(bias.dtype)
+    if sums:  # then PEFT gives every layer a bias, and one that the file lacks would keep what it was made with
+        for adapter in adapters:
+            for layer in adapter.linear_layers:
+                factors = adapter.read(layer)
+                sums.setdefault(f"{PREFIX}{layer}{_BIAS}", factors.stored_B.new_zeros(factors.shape[0]))
     return sums
 
 
@@ -172,6 +178,7 @@ def _config(adapters: Sequence[AdapterFolder], ranks: dict[str, int]) -> LoraCon
     odd = {exact_key(name): rank for name, rank in ranks.items() if rank != commonest}
     config.rank_pattern, config.alpha_pattern = dict(odd), dict(odd)
     config.lora_bias = any(adapter.config.lora_bias for adapter in adapters)
+    config.init_lora_weights = True  # a layer that PEFT adapts beyond those of the file starts without a change
     for setting in _CHOOSE_LAYERS:
         first = getattr(config, setting)
         if any(getattr(adapter.config, setting) != first for adapter in adapters):

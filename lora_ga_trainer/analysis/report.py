@@ -139,8 +139,8 @@ class AdapterReport(DrawnReport):
             )
         if self.k:
             parts.append(
-                f"{self.intruders} intruders in {m['layers_with_intruders']:.0f} layers among the top {self.k} "
-                f"directions (eps {self.eps:g})"
+                f"{self.intruders} intruders in {m['layers_with_intruders']} of these layers, among the top {self.k} "
+                f"directions of each (eps {self.eps:g})"
             )
         return "; ".join(parts)
 
@@ -155,7 +155,9 @@ class AdapterReport(DrawnReport):
             "start out, in": [_pair(layer.start_share_out, layer.start_share_in) for layer in self.layers],
             "base out, in": [_pair(layer.base_share_out, layer.base_share_in) for layer in self.layers],
             "intruders": ["" if layer.intruders is None else str(len(layer.intruders)) for layer in self.layers],
-            "share": ["" if layer.intruders is None else _percent(layer.intruder_share, 1) for layer in self.layers],
+            "their share": [
+                "" if layer.intruders is None else _percent(layer.intruder_share, 1) for layer in self.layers
+            ],
         }
         shown = {name: cells for name, cells in columns.items() if any(cells)}
         widths = {name: max(map(len, (name, *cells))) for name, cells in shown.items()}

@@ -116,6 +116,11 @@ class AdapterFolder:
         factors = {f"{PREFIX}{name}.{part}" for name, names in self._names.items() for part in names}
         self._others = [key for key in keys if key not in factors]
 
+    @property
+    def linear_layers(self) -> list[str]:
+        """Those that are no embeddings."""
+        return [name for name in self.layers if self._names[name] == _LINEAR]
+
     def read(self, name: str) -> SavedFactors:
         """
         Read the factors of a layer.
