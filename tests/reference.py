@@ -338,7 +338,7 @@ def completed_from_sketches(Omega, Psi, Y, Z, m):  # (in, k), (out, k), (out, k)
 def intruder_reference(W, D, k, eps):  # W, D (out, in) -> [(j, s_j, u_j (out,), v_j (in,), similarity)]
     """List the top `k` singular triplets of `W + D` with `max_i |u_j . u0_i|` over all left vectors `u0_i` of `W`.
 
-    An intruder has a similarity below `eps` (arXiv 2410.21228, algorithm 1); the others are listed beside them.
+    An intruder has a similarity below `eps` (arXiv 2410.21228); the others are listed beside them.
     """
     U0, _, _ = torch.linalg.svd(W.double(), full_matrices=False)
     U, S, Vt = torch.linalg.svd(W.double() + D.double(), full_matrices=False)

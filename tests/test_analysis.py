@@ -30,6 +30,8 @@ def adapted(base, strength=0.3, **changes):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = tiny.with_lora(base, init_lora_weights=False, **changes)
+    if getattr(base, "dtype", None) is torch.bfloat16:
+        model.bfloat16()  # PEFT makes factors in fp32
     with torch.no_grad():
         for index, layer in enumerate(find_lora_layers(model)):
             layer.stored_B.mul_(strength if index % 3 < 2 else 1e-3)
@@ -318,6 +320,20 @@ def test_merged_weights_without_intruders_are_those_of_the_twin(changes, strengt
     merged = loaded.merge_and_unload()
     for name, weight in expected.items():
         torch.testing.assert_close(merged.get_submodule(name).weight.double(), weight, rtol=0, atol=1e-6)
+
+
+def test_in_bf16_the_dtype_stays_and_the_result_is_right_to_its_rounding(folders, tmp_path):
+    model, base, adapter = folders(tiny.llama().bfloat16())
+    check(analyse_adapter(base, adapter, k=K, eps=EPS), model)
+    report = remove_intruders(base, adapter, tmp_path / "out", strength=0.5, k=K, eps=EPS)
+    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert {value.dtype for value in tensors.values()} == {torch.bfloat16}
+    weights = matrices(model)
+    for layer in report.layers:
+        A, B = (tensors[f"base_model.model.{layer.name}.lora_{x}.weight"].double() for x in "AB")
+        W, D = weights[layer.name]
+        wanted = reference.without_intruders_reference(W, D, K, EPS, 0.5) - W
+        assert (2 * B @ A - wanted).norm() <= 1e-2 * wanted.norm()
 
 
 def test_a_strength_of_one_copies_the_adapter_to_the_bit(folders, tmp_path):

@@ -50,7 +50,7 @@ def analyse_adapter(
         probe_file: of the run that trained it, `LoRAGAConfig.probe_file`. Without one an anchored adapter tells of
             its own start.
         k: directions of `W + s B A` that are looked at for intruders, and directions of `W` for the overlap. Default
-            10, the paper's. With 0 the base is not read and these figures are `None`.
+            10, as PEFT's. With 0 the base is not read and these figures are `None`.
         eps: a direction is an intruder if `max_i |u . u0_i| < eps`. Default 0.5, as PEFT's.
         device: to work on. Default: where the weight lies; the CPU for a folder.
 

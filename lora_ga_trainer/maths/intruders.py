@@ -2,7 +2,7 @@
 Intruder dimensions of a changed weight: strong directions of `M = W + B A` that `W` does not have. Pure maths.
 
 Left singular vector `u_j` of `M`, j <= k, is an intruder if `max_i |u_j . u0_i| < eps` over all left singular vectors
-`u0_i` of `W` (arXiv 2410.21228, algorithm 1). `s` of the adapter is in the factors here.
+`u0_i` of `W` (arXiv 2410.21228). `s` of the adapter is in the factors here.
 
 The maximum goes over every direction of `W`, so a direction can be *cleared* from a few of them, but is only *proved*
 an intruder by all. Hence two ways:
