@@ -81,8 +81,7 @@ def remove_intruders(
             grown[name] = factors.rank + len(removed), factors.s
         tensors.update(_without(factors, found, removed, strength))
     write_adapter(output, _grown_config(adapter.config, grown), tensors)
-    seconds = time.perf_counter() - begin
-    return AdapterReport(os.fspath(folder), k, eps, starts.source, seconds, layers)
+    return AdapterReport(os.fspath(folder), k, eps, starts.source, time.perf_counter() - begin, layers)
 
 
 def _without(factors: SavedFactors, found: Comparison, removed: list[int], strength: float) -> dict[str, Tensor]:
