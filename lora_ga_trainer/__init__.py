@@ -32,6 +32,11 @@ Words, one for each thing:
 from .adapters.find import find_adapted_layers
 from .adapters.layer import AdaptedLayer
 from .adapters.storage import anchored_parameter_names
+from .analysis.analyse import analyse_adapter
+from .analysis.average import average_adapters
+from .analysis.callback import AdapterAnalysisCallback
+from .analysis.intruders import remove_intruders
+from .analysis.report import AdapterReport
 from .callback import LoRAGACallback, find_learning_rate
 from .config import LoRAGAConfig
 from .gradients.estimate import GradientEstimate
@@ -58,6 +63,8 @@ __all__ = [
     "INITS",
     "OPTIMIZERS",
     "AdaptedLayer",
+    "AdapterAnalysisCallback",
+    "AdapterReport",
     "BuildRequest",
     "GradientEstimate",
     "GradientReport",
@@ -72,7 +79,9 @@ __all__ = [
     "OptimizerEntry",
     "RateReport",
     "Seq2SeqLoRAGATrainer",
+    "analyse_adapter",
     "anchored_parameter_names",
+    "average_adapters",
     "correct_gradients",
     "estimate_gradients",
     "export_adapter",
@@ -82,5 +91,6 @@ __all__ = [
     "lora_ga_factors",
     "lora_one_factors",
     "newest_complete_checkpoint",
+    "remove_intruders",
     "write_start",
 ]

@@ -348,3 +348,39 @@ def tensor_of_changes(left, cores, right):  # (out, r), (L, r, r), (r, in) -> (L
             for b in range(core.shape[1]):
                 changes[layer] += core[a, b] * torch.outer(left[:, a].double(), right[b].double())
     return changes
+
+
+def intruder_reference(W, D, k, eps):  # W, D (out, in) -> [(j, s_j, u_j (out,), v_j (in,), similarity)]
+    """List the top `k` singular triplets of `W + D` with `max_i |u_j . u0_i|` over all left vectors `u0_i` of `W`.
+
+    An intruder has a similarity below `eps` (arXiv 2410.21228); the others are listed beside them.
+    """
+    U0, _, _ = torch.linalg.svd(W.double(), full_matrices=False)
+    U, S, Vt = torch.linalg.svd(W.double() + D.double(), full_matrices=False)
+    found = []
+    for j in range(min(k, len(S))):
+        similarity = max(abs(float(U[:, j] @ U0[:, i])) for i in range(U0.shape[1]))
+        found.append((j, float(S[j]), U[:, j], Vt[j], similarity))
+    return found
+
+
+def without_intruders_reference(W, D, k, eps, strength):  # W, D (out, in) -> W' (out, in)
+    """Scale intruders down: `W' = W + D + (strength - 1) sum_j s_j u_j v_j^T` (arXiv 2410.21228)."""
+    total = W.double() + D.double()
+    for _, s, u, v, similarity in intruder_reference(W, D, k, eps):
+        if similarity < eps:
+            total += (strength - 1) * s * torch.outer(u, v)
+    return total
+
+
+def share_inside_reference(D, U):  # D (out, in), U (out, m), orthonormal columns -> float
+    """Return the share of the energy of `D` whose outputs lie in the span of `U`, column by column."""
+    inside = sum(float((U[:, i].double() @ D.double()).square().sum()) for i in range(U.shape[1]))
+    return inside / float(D.double().square().sum())
+
+
+def rank_figures_reference(D):  # D (out, in) -> stable rank, effective rank
+    """Return `||D||_F^2 / ||D||_2^2` and `exp` of the entropy of the normalised singular values (Roy 2007)."""
+    S = [float(value) for value in torch.linalg.svdvals(D.double())]
+    entropy = -sum(value / sum(S) * math.log(value / sum(S)) for value in S if value > 1e-12 * S[0])
+    return sum(value**2 for value in S) / S[0] ** 2, math.exp(entropy)

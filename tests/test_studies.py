@@ -13,7 +13,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "studies"))
 
+import byte_model
 import directions
+import forgetting
 import learning_rates
 import lora_pro_from_zero
 
@@ -121,3 +123,19 @@ def test_the_scalings_are_what_their_names_say() -> None:
 
 def test_paired_differences_have_their_standard_error() -> None:
     assert directions.paired([1.0, 2.0, 4.0], [1.0, 1.0, 1.0]) == "+1.3333 (0.8819)"
+
+
+def test_what_was_forgotten_is_the_rise_of_the_loss_on_text_of_the_base_s_kind() -> None:
+    """A strength of 1 changes nothing; the adapter learns its text, and the base is the one it was trained on."""
+    base = byte_model.train_base(100)
+    count, found = forgetting.measure(base, "none", 0.01, 8, 40, [1.0, 0.0], k=10, eps=0.5)
+    assert count > 0
+    assert found["strength 1"] == found["adapter"]
+    assert found["adapter"][1] < found["base"][1] - 0.1
+    # With nothing left of the new directions the model knows less of the new text.
+    assert found["strength 0"][1] > found["adapter"][1] + 0.1
+    twin = byte_model.load_base(base).eval()
+    rows = torch.stack([row["input_ids"] for row in byte_model.rows_of("email/*.py", 40_000)])
+    with torch.no_grad():
+        whole = twin(input_ids=rows, labels=rows).loss.item()
+    assert found["base"][0] == pytest.approx(whole, rel=1e-5)

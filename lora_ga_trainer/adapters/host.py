@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-_PREFIX = "base_model.model."  # of every name in the files of an adapter, as a `PeftModel` spells them
+PREFIX = "base_model.model."  # of every name in the files of an adapter, as a `PeftModel` spells them
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class AdapterHost:
         """What the names that PEFT gives for `owner` lack of those in its files."""
         if isinstance(self.owner, (PeftModel, PeftMixedModel)):
             return ""
-        return _PREFIX.removesuffix("model.") if isinstance(self.owner, BaseTuner) else _PREFIX
+        return PREFIX.removesuffix("model.") if isinstance(self.owner, BaseTuner) else PREFIX
 
     def save(self, folder: str | os.PathLike[str], of_model: Mapping[str, Tensor] | None = None) -> None:
         """

@@ -7,12 +7,11 @@ from typing import ClassVar, cast
 
 import torch
 from peft.tuners.lora import LoraLayer
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from transformers.pytorch_utils import Conv1D
 
 from ..engines.parameters import read_parameter
+from .dense import read_dense, require_unpacked
 from .storage import AnchoredA, AnchoredB, AnchoredLinearA, AnchoredLinearB
 
 
@@ -159,20 +158,7 @@ class AdaptedLayer:
         Raises:
             `ValueError`: if an engine or a quantiser keeps the weight in a form that can't be read.
         """
-        self._require_unpacked()
-        held = dict(self.base.named_parameters(recurse=False)).get("weight")
-        weight = read_parameter(dequantize_module_weight(self.base))
-        if held is not None and self.base.weight is not held:
-            self.base.weight = held  # PEFT leaves a copy in its place, which has lost the scales of int8 codes
-        if is_traceable_wrapper_subclass(weight):
-            weight = weight.dequantize()
-        weight = weight.T if isinstance(self.base, (Conv1D, nn.Embedding)) else weight.flatten(1)
-        if weight.shape != self.shape:
-            raise ValueError(
-                f"Layer {self.name}: this engine shows its weight as {tuple(weight.shape)} instead of {self.shape}, "
-                "and DoRA and scale='weight_svd' have to read it. Use another engine, or neither of them."
-            )
-        return weight
+        return read_dense(self.name, self.base, self.shape)
 
     def dense_weights(self) -> Tensor:  # (E, out, in)
         """Return [`dense_weight`] of every matrix of the layer: one, or one an expert."""
@@ -187,19 +173,10 @@ class AdaptedLayer:
         Raises:
             `ValueError`: if a quantiser keeps the weight in a form that can't be read.
         """
-        self._require_unpacked()
+        require_unpacked(self.name, self.weight)
         state = self.base.state_dict(keep_vars=True)
         tensors = [value for name, value in state.items() if name != "bias" and isinstance(value, Tensor)]
         return [part for tensor in tensors for part in _parts(read_parameter(tensor))]
-
-    def _require_unpacked(self) -> None:
-        # Of release 0.50.2 what is read of packed codes is another weight, and no gradient passes them.
-        if getattr(getattr(self.weight, "quant_state", None), "packing_format_for_cpu", False):
-            raise ValueError(
-                f"Layer {self.name}: bitsandbytes has packed its 4-bit codes for this CPU when the model was "
-                "evaluated. Packed codes can't be trained through or read. Load the base again, and before it is "
-                "evaluated set `module.support_avx512bf16_for_cpu = False` on each of its Linear4bit modules."
-            )
 
     @torch.no_grad()
     def dora_magnitude(self, delta: Tensor) -> Tensor:  # (out, in) -> (out,)

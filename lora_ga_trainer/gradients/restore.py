@@ -25,7 +25,7 @@ _LEAST_GRAM = 1e-10
 
 
 # Parts of a tensor's name that belong to the moments of a layer.
-_MOMENTS = {field.name for field in fields(LayerMoments)}
+MOMENTS = {field.name for field in fields(LayerMoments)}
 # How far columns read from a file may be from orthonormal; fp32 leaves 1e-6.
 _SKEW = 1e-3
 
@@ -47,7 +47,7 @@ def read_tensors(path: Path, layers: Sequence[AdaptedLayer]) -> tuple[dict[str, 
             name, _, part = key.partition("|")
             if name not in shapes:
                 raise KeyError(f"{short(key)} belongs to no adapted layer")
-            header = of_moments.setdefault(name, {}) if part in _MOMENTS else headers[name]
+            header = of_moments.setdefault(name, {}) if part in MOMENTS else headers[name]
             header[part] = tuple(file.get_slice(key).get_shape())
         for name, header in headers.items():
             require_state_shapes(header, shapes[name])

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, ClassVar
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 
@@ -16,6 +18,15 @@ from .atomic import whole_file
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+
+class Named(Protocol):
+    """A part of a report that is about one layer."""
+
+    name: str
+
+
+Layer = TypeVar("Layer", bound=Named)
 
 
 class DrawnReport(ABC):
@@ -71,3 +82,18 @@ class DrawnReport(ABC):
         FigureCanvasAgg(figure)
         self._draw(figure.subplots())
         return figure
+
+
+def by_kind(layers: Sequence[Layer]) -> dict[str, list[Layer]]:
+    """
+    Group the layers whose names differ in their numbers only, under what tells the groups apart.
+
+    The last word of a name is not enough: BERT calls four kinds of its layers `dense`.
+    """
+    words = [[word for word in layer.name.split(".") if not word.isdigit()] for layer in layers]
+    columns = zip(*(name[:-1] for name in words), strict=False)
+    shared = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+    kinds: dict[str, list[Layer]] = {}
+    for name, layer in zip(words, layers, strict=True):
+        kinds.setdefault(".".join(name[shared:]), []).append(layer)
+    return kinds

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import copy
 import os
-from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..adapters.find import find_lora_layers
-from ..adapters.host import WEIGHTS_FILE, require_adapter
+from ..adapters.host import require_adapter
 from ..adapters.layer import AdaptedLayer
 from ..adapters.parameter import AdaptedExperts
+from ..maths.products import truncate_product
+from .adapter_folder import write_adapter
 from .record import plain_config
 
 
@@ -62,29 +62,23 @@ def export_adapter(model: nn.Module, folder: str | os.PathLike[str], rank: int) 
         errors[layer.name] = (lost_here / whole_here) ** 0.5 if whole_here > 0 else 0.0
         lost, whole = lost + lost_here, whole + whole_here
     errors["total"] = (lost / whole) ** 0.5 if whole > 0 else 0.0
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    _exported_config(host.config, rank).save_pretrained(os.fspath(folder))
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    save_file(tensors, Path(folder) / WEIGHTS_FILE, metadata={"format": "pt"})
+    write_adapter(folder, whole_scale(host.config, rank), tensors)
     return errors
 
 
 def _truncate(layer: AdaptedLayer, rank: int) -> tuple[Tensor, Tensor, float, float]:
     """Return `B (out, rank)`, `A (rank, in)` as stored, and the energy lost and whole of PEFT's `scaling * B A`."""
-    Q_b, R_b = torch.linalg.qr(layer.stored_B.double().flatten(1))  # (out, k), (k, k)
-    Q_a, R_a = torch.linalg.qr(layer.stored_A.double().flatten(1).T)  # (in, k), (k, k)
-    U, S, Vt = torch.linalg.svd(layer.scaling * R_b @ R_a.T, full_matrices=False)
-    root = S[:rank].sqrt()
-    B, A = (Q_b @ U[:, :rank]) * root, root[:, None] * (Q_a @ Vt[:rank].T).T
-    short = rank - root.shape[0]
-    B, A = torch.nn.functional.pad(B, (0, short)), torch.nn.functional.pad(A, (0, 0, 0, short))
+    B, A, S = truncate_product(
+        layer.scaling * layer.stored_B.double().flatten(1), layer.stored_A.double().flatten(1), rank
+    )
     energy = S.square()
     dtype = layer.stored_A.dtype
     A, B = layer.as_stored(A.to(dtype), B.to(dtype))
     return B, A, energy[rank:].sum().item(), energy.sum().item()
 
 
-def _exported_config(config: LoraConfig, rank: int) -> LoraConfig:
+def whole_scale(config: LoraConfig, rank: int) -> LoraConfig:
+    """Return a plain copy of a config whose layers all have one rank, and `s = 1`."""
     config = plain_config(copy.copy(config))
     config.r = config.lora_alpha = rank
     config.rank_pattern, config.alpha_pattern, config.use_rslora = {}, {}, False
