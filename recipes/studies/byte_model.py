@@ -1,4 +1,4 @@
-"""A small byte-level Llama and two texts that lie on every machine, for studies that need many trainings."""
+"""A small byte-level Llama and texts that lie on every machine, for studies that need many trainings."""
 
 import sysconfig
 import tempfile
@@ -15,6 +15,8 @@ SIZES = {
     "vocab_size": 256, "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
 }  # fmt: skip
+# Files of the standard library that adapters learn.
+TASKS = {"manual": "pydoc_data/topics.py", "unittest": "unittest/*.py"}
 Rows = list[dict[str, Tensor]]
 
 
@@ -48,11 +50,16 @@ def load_base(weights: dict[str, Tensor]) -> LlamaForCausalLM:
     return model
 
 
-def manual() -> tuple[Rows, Rows]:
-    """Return rows of Python's reference manual (pydoc_data/topics.py): to train on, and 18,900 held-out bytes."""
-    rows = rows_of("pydoc_data/topics.py", 600_000)
+def task_rows(task: str) -> tuple[Rows, Rows]:
+    """Return rows of a text of `TASKS`: to train on, and 18,900 held-out bytes."""
+    rows = rows_of(TASKS[task], 600_000)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(1)).tolist()
     return [rows[index] for index in order[HELD_OUT:]], [rows[index] for index in order[:HELD_OUT]]
+
+
+def manual() -> tuple[Rows, Rows]:
+    """Return [`task_rows`] of Python's reference manual."""
+    return task_rows("manual")
 
 
 def arguments(rate: float, seed: int, steps: int, **changes: Any) -> TrainingArguments:
