@@ -384,3 +384,42 @@ def rank_figures_reference(D):  # D (out, in) -> stable rank, effective rank
     S = [float(value) for value in torch.linalg.svdvals(D.double())]
     entropy = -sum(value / sum(S) * math.log(value / sum(S)) for value in S if value > 1e-12 * S[0])
     return sum(value**2 for value in S) / S[0] ** 2, math.exp(entropy)
+
+
+def polar_reference(M):  # (r, n) -> (r, n)
+    """Return the polar factor of `M`: the sum of `u v^T` over its singular pairs of a length above 0."""
+    U, lengths, Vt = torch.linalg.svd(M.double(), full_matrices=False)
+    total = torch.zeros_like(M, dtype=torch.float64)
+    for i, length in enumerate(lengths.tolist()):
+        if length > 1e-6 * float(lengths[0]):
+            total += torch.outer(U[:, i], Vt[i])
+    return total
+
+
+def adam_reference(gradients, betas=(0.9, 0.999), eps=1e-8):  # list of (r, n) -> list of steps of rate 1
+    """Walk Adam (1412.6980, Algorithm 1)."""
+    first = second = torch.zeros_like(gradients[0], dtype=torch.float64)
+    steps = []
+    for t, g in enumerate(gradients, 1):
+        first = betas[0] * first + (1 - betas[0]) * g
+        second = betas[1] * second + (1 - betas[1]) * g**2
+        steps.append(first / (1 - betas[0] ** t) / ((second / (1 - betas[1] ** t)).sqrt() + eps))
+    return steps
+
+
+def root_by_svd(C, power):  # (r, r) -> (r, r)
+    """Return a power of a symmetric positive matrix."""
+    U, values, Vt = torch.linalg.svd(C.double())
+    return sum(value**power * torch.outer(U[:, i], Vt[i]) for i, value in enumerate(values.tolist()))
+
+
+def polora_reference(A, B, M_A, M_B, P, Q):  # (r, in), (out, r), (r, in), (out, r), (out,), (in,) -> dA, dB
+    """Return PoLoRA's steps of rate 1 (2607.17620) from the momenta and the diagonals `P` of `dy`, `Q` of `x`."""
+    P, Q = torch.diag(P.double()), torch.diag(Q.double())
+    of_B, of_A = root_by_svd(B.T @ P @ B, -0.5), root_by_svd(A @ Q @ A.T, -0.5)
+    of_P, of_Q = root_by_svd(P, -0.5), root_by_svd(Q, -0.5)
+    D_A = of_B @ polar_reference(of_B @ M_A @ of_Q) @ of_Q
+    D_B = of_P @ polar_reference(of_P @ M_B @ of_A) @ of_A
+    norm = lambda M: float(torch.linalg.svdvals(M)[0])
+    length = norm(A) + norm(B)
+    return D_A / norm(D_A) / length, D_B / norm(D_B) / length

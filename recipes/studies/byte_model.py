@@ -1,4 +1,4 @@
-"""A small byte-level Llama, a text that it knows and two to learn, for studies that need many trainings."""
+"""A small byte-level Llama, a text that it knows and three to learn, for studies that need many trainings."""
 
 import sysconfig
 import tempfile
@@ -69,7 +69,12 @@ def news() -> tuple[Rows, Rows]:
     return split(rows_of("bbcnews/data/*/*.txt", 600_000, Path(found.submodule_search_locations[0])))
 
 
-TASKS: dict[str, Callable[[], tuple[Rows, Rows]]] = {"manual": manual, "news": news}
+def unittest() -> tuple[Rows, Rows]:
+    """The sources of the standard library's unittest."""
+    return split(rows_of("unittest/*.py", 600_000))
+
+
+TASKS: dict[str, Callable[[], tuple[Rows, Rows]]] = {"manual": manual, "news": news, "unittest": unittest}
 
 
 def arguments(rate: float, seed: int, steps: int, **changes: Any) -> TrainingArguments:
