@@ -39,10 +39,13 @@ from .gradients.probe import estimate_gradients
 from .maths.factors import lora_ga_factors, lora_one_factors
 from .maths.inits import INITS, Init, LayerGradient
 from .maths.lora_pro import correct_gradients
+from .maths.ranks import RULES, LayerEvidence, RankRule
 from .optimizers.adamw import LoRAProAdamW
 from .optimizers.builders import BuildRequest
 from .optimizers.registry import OPTIMIZERS, OptimizerEntry
 from .optimizers.wrapper import LoRAProOptimizer
+from .ranks.find import plan_ranks
+from .ranks.plan import LayerRank, RankPlan
 from .rates.report import RateReport
 from .saving.export import export_adapter
 from .saving.intact import newest_complete_checkpoint
@@ -57,12 +60,15 @@ __version__ = "0.1.0"
 __all__ = [
     "INITS",
     "OPTIMIZERS",
+    "RULES",
     "AdaptedLayer",
     "BuildRequest",
     "GradientEstimate",
     "GradientReport",
     "Init",
+    "LayerEvidence",
     "LayerGradient",
+    "LayerRank",
     "LoRAGACallback",
     "LoRAGAConfig",
     "LoRAGAMixin",
@@ -70,6 +76,8 @@ __all__ = [
     "LoRAProAdamW",
     "LoRAProOptimizer",
     "OptimizerEntry",
+    "RankPlan",
+    "RankRule",
     "RateReport",
     "Seq2SeqLoRAGATrainer",
     "anchored_parameter_names",
@@ -82,5 +90,6 @@ __all__ = [
     "lora_ga_factors",
     "lora_one_factors",
     "newest_complete_checkpoint",
+    "plan_ranks",
     "write_start",
 ]

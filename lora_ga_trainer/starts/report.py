@@ -7,13 +7,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from ..saving.drawn_report import DrawnReport
 
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+
+class HasName(Protocol):
+    """Something that is told of a layer."""
+
+    name: str
+
+
+_Named = TypeVar("_Named", bound=HasName)
 
 
 class Action(str, Enum):
@@ -185,7 +194,7 @@ class GradientReport(DrawnReport):
         seen = [layer for layer in self.layers if layer.action is not Action.FROZEN]
         used_2r = any(layer.energy_share_2r is not None for layer in seen)
         lines = "top 2r directions (solid), top r (dotted)" if used_2r else "top r directions"
-        for i, (kind, layers) in enumerate(_by_kind(seen).items()):
+        for i, (kind, layers) in enumerate(by_kind(seen).items()):
             depth, colour = range(len(layers)), f"C{i % 10}"
             axes.plot(depth, [layer.energy_share for layer in layers], "-o", ms=3, color=colour, label=kind)
             if used_2r:
@@ -199,7 +208,7 @@ class GradientReport(DrawnReport):
         axes.legend(fontsize="small", ncols=2)
 
 
-def _by_kind(layers: Sequence[LayerReport]) -> dict[str, list[LayerReport]]:
+def by_kind(layers: Sequence[_Named]) -> dict[str, list[_Named]]:
     """
     Group the layers whose names differ in their numbers only, under what tells the groups apart.
 
@@ -208,7 +217,7 @@ def _by_kind(layers: Sequence[LayerReport]) -> dict[str, list[LayerReport]]:
     words = [[word for word in layer.name.split(".") if not word.isdigit()] for layer in layers]
     columns = zip(*(name[:-1] for name in words), strict=False)
     shared = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
-    kinds: dict[str, list[LayerReport]] = {}
+    kinds: dict[str, list[_Named]] = {}
     for name, layer in zip(words, layers, strict=True):
         kinds.setdefault(".".join(name[shared:]), []).append(layer)
     return kinds

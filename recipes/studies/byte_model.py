@@ -50,7 +50,16 @@ def load_base(weights: dict[str, Tensor]) -> LlamaForCausalLM:
 
 def manual() -> tuple[Rows, Rows]:
     """Return rows of Python's reference manual (pydoc_data/topics.py): to train on, and 18,900 held-out bytes."""
-    rows = rows_of("pydoc_data/topics.py", 600_000)
+    return split(rows_of("pydoc_data/topics.py", 600_000))
+
+
+def tables() -> tuple[Rows, Rows]:
+    """Return rows of the tables of characters in encodings/, likewise."""
+    return split(rows_of("encodings/*.py", 600_000))
+
+
+def split(rows: Rows) -> tuple[Rows, Rows]:
+    """Return rows to train on, and 300 held-out ones."""
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(1)).tolist()
     return [rows[index] for index in order[HELD_OUT:]], [rows[index] for index in order[:HELD_OUT]]
 
