@@ -426,10 +426,24 @@ def test_a_rate_is_found_for_the_planned_adapter(tmp_path):
     assert 0 in trainer.lora_ga_rank_plan.ranks.values()
 
 
-def test_a_classifier_keeps_its_head(tmp_path):
-    trainer = make_trainer(
-        tmp_path,
-        {"ranks": "auto", "rank_rule": "energy", "rank_budget": 1500, "head_warmup_steps": 2},
+def test_a_classifier_is_planned_through_a_warm_head_and_trains_from_its_own(tmp_path):
+    """The plan changes no weight of the head, and differs from the one through a random head."""
+    of_steps = {}
+    for steps in (0, 20):
+        config = {"ranks": "auto", "rank_rule": "energy", "head_warmup_steps": steps}
+        trainer = classifier(tmp_path, config)
+        before = spy.Spy(trainer)
+        of_steps[steps] = plan_ranks(trainer, 1500, "energy")
+        before.assert_same(spy.Spy(trainer))
+    assert of_steps[0].missed != of_steps[20].missed
+    trainer.train()
+    assert trainer.model.base_model.model.classifier.modules_to_save["default"].weight.requires_grad
+
+
+def classifier(folder, config):
+    return make_trainer(
+        folder,
+        config,
         model=tiny.bert(),
         lora={
             "target_modules": ["query", "value", "dense"],
@@ -438,8 +452,6 @@ def test_a_classifier_keeps_its_head(tmp_path):
         },
         rows=tiny.class_rows(ROWS),
     )
-    trainer.train()
-    assert trainer.model.base_model.model.classifier.modules_to_save["default"].weight.requires_grad
 
 
 # --- what is refused

@@ -17,6 +17,7 @@ from ..engines.collectives import gather_integers
 from ..engines.support import holds_whole_gradients
 from ..gradients.rollouts import require_repeatable
 from ..maths.ranks import DEFAULT_RULE, RULES, LayerEvidence, spend
+from ..starts.head_warmup import lent_warm_heads
 from .evidence import gather_evidence
 from .plan import LayerRank, RankPlan
 
@@ -78,7 +79,8 @@ def plan_ranks(
             f"plan_ranks: budget={budget!r} must be a whole number of at least {min(costs)}, what one rank of the "
             "smallest layer takes."
         )
-    evidence, samples = gather_evidence(trainer, config, RULES[rule], layers, costs, probe_dataset)
+    with lent_warm_heads(trainer, config):  # the gradient through a random head says little
+        evidence, samples = gather_evidence(trainer, config, RULES[rule], layers, costs, probe_dataset)
     worths = RULES[rule].worths(evidence, budget / sum(costs))
     ranks = spend(worths, costs, budget)
     # The last bits of a factorisation differ between machines: all take the ranks of the first process.
