@@ -335,7 +335,7 @@ REFUSALS = {
     "lora_pro_adamw": r"correction='lora_pro_adamw'.*DEEPSPEED shows an optimizer flat partitions only.*'lora_pro'",
     "riemannian": r"riemannian_reg=0.01.*DEEPSPEED shows an optimizer flat partitions only",
     "resume": r"no optimizer state, so a resume would start AdamW anew.*load_adapter",
-    "ranks": r"planned before training begins, when (FSDP|DEEPSPEED) has not spread.*one process or under DDP",
+    "ranks": r"planned before training begins, and (FSDP|DEEPSPEED) is not ready.*one process or under DDP",
     "full checkpoints": r"Resuming is not supported for models sharded at load time",
 }
 

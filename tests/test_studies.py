@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "studies"))
 import directions
 import learning_rates
 import lora_pro_from_zero
+import ranks
 
 from lora_ga_trainer import find_adapted_layers
 
@@ -112,3 +113,40 @@ def test_directions_are_those_of_the_gradient_and_rows_keep_their_lengths(tmp_pa
 
 def test_paired_differences_have_their_standard_error() -> None:
     assert directions.paired([1.0, 2.0, 4.0], [1.0, 1.0, 1.0]) == "+1.3333 (0.8819)"
+
+
+def test_rules_are_compared_at_their_best_rates_and_equal_parameters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The best of the first rates is inside, so no other is tried; a second run trains nothing anew."""
+    losses = {ranks.RATES[index]: 1 + abs(index - 9) for index in ranks.FIRST}
+    monkeypatch.setattr(
+        ranks.LoRAGATrainer, "evaluate", lambda trainer: {"eval_loss": losses[trainer.args.learning_rate]}
+    )
+    words = [
+        "--tasks",
+        "tables",
+        "--ranks",
+        "2",
+        "--rules",
+        "energy",
+        "--seeds",
+        "0",
+        "--steps",
+        "1",
+        "--base_steps",
+        "2",
+    ]
+    monkeypatch.setattr(sys, "argv", ["study", "--results", str(tmp_path / "ranks.json"), *words])
+    ranks.main()
+    printed = capsys.readouterr().out
+    (row,) = [line for line in printed.splitlines() if line.startswith("| tables")]
+    _, task, budget, rule, rate, loss, gap, *_ = (cell.strip() for cell in row.split("|"))
+    assert (task, budget, rule, rate) == ("tables", "r = 2", "energy", f"{ranks.RATES[9]:.1e}")
+    assert (loss, gap) == ("1.0000 (1.0000-1.0000)", "+0.0000 (nan)")
+    kept = json.loads((tmp_path / "ranks.json").read_text())
+    assert len(kept) == 6
+    assert all(0.95 < run["share"] <= 1 for run in kept.values())
+    monkeypatch.setattr(ranks.LoRAGATrainer, "train", lambda trainer: pytest.fail("trained again"))
+    ranks.main()
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("| tables")] == [row]

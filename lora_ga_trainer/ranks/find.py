@@ -14,6 +14,7 @@ from ..adapters.find import find_lora_layers
 from ..adapters.layer import AdaptedLayer
 from ..config import LoRAGAConfig
 from ..engines.collectives import gather_integers
+from ..engines.parameters import is_sharded
 from ..engines.support import holds_whole_gradients
 from ..gradients.rollouts import require_repeatable
 from ..maths.ranks import DEFAULT_RULE, RULES, LayerEvidence, spend
@@ -123,12 +124,14 @@ def require_plannable(trainer: Trainer) -> None:
     Raises:
         `ValueError`: naming the engine.
     """
-    if not holds_whole_gradients(trainer):
-        engine = trainer.accelerator.distributed_type.value
+    # A model that transformers shards as it loads it (DistributedConfig) is no matter of Accelerate's engine.
+    sharded = any(map(is_sharded, trainer.model.parameters()))
+    if sharded or not holds_whole_gradients(trainer):
+        engine = "FSDP" if sharded else trainer.accelerator.distributed_type.value
         raise ValueError(
-            f"Ranks are planned before training begins, when {engine} has not spread the model over processes yet. "
-            "Plan on one process or under DDP (`plan_ranks`, or recipes/plan_ranks.py), and train with the LoraConfig "
-            "that it gives."
+            f"Ranks are planned before training begins, and {engine} is not ready for a probe then. Plan on "
+            "one process or under DDP (`plan_ranks`, or recipes/plan_ranks.py), and train with the LoraConfig that it "
+            "gives."
         )
 
 
