@@ -44,10 +44,13 @@ from .gradients.probe import estimate_gradients
 from .maths.factors import lora_ga_factors, lora_one_factors
 from .maths.inits import INITS, Init, LayerGradient
 from .maths.lora_pro import correct_gradients
+from .maths.ranks import RULES, LayerEvidence, RankRule
 from .optimizers.adamw import LoRAProAdamW
 from .optimizers.builders import BuildRequest
 from .optimizers.registry import OPTIMIZERS, OptimizerEntry
 from .optimizers.wrapper import LoRAProOptimizer
+from .ranks.find import plan_ranks
+from .ranks.plan import LayerRank, RankPlan
 from .rates.report import RateReport
 from .saving.export import export_adapter
 from .saving.intact import newest_complete_checkpoint
@@ -62,6 +65,7 @@ __version__ = "0.1.0"
 __all__ = [
     "INITS",
     "OPTIMIZERS",
+    "RULES",
     "AdaptedLayer",
     "AdapterAnalysisCallback",
     "AdapterReport",
@@ -69,7 +73,9 @@ __all__ = [
     "GradientEstimate",
     "GradientReport",
     "Init",
+    "LayerEvidence",
     "LayerGradient",
+    "LayerRank",
     "LoRAGACallback",
     "LoRAGAConfig",
     "LoRAGAMixin",
@@ -77,6 +83,8 @@ __all__ = [
     "LoRAProAdamW",
     "LoRAProOptimizer",
     "OptimizerEntry",
+    "RankPlan",
+    "RankRule",
     "RateReport",
     "Seq2SeqLoRAGATrainer",
     "analyse_adapter",
@@ -91,6 +99,7 @@ __all__ = [
     "lora_ga_factors",
     "lora_one_factors",
     "newest_complete_checkpoint",
+    "plan_ranks",
     "remove_intruders",
     "write_start",
 ]

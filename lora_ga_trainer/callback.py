@@ -89,6 +89,7 @@ class LoRAGACallback(TrainerCallback):
         overrides = getattr(trainer, "overrides_trainer_methods", False)
         if not overrides:
             _require_no_optimizer(self.config)
+            _require_given_ranks(self.config)
         self.rate = RateChoice(trainer, self.config, probe_dataset)
         self._evaluates = only_evaluates(trainer, probe_dataset)
         if self.config.init != "none" and not self._evaluates:
@@ -234,4 +235,13 @@ def _require_no_optimizer(config: LoRAGAConfig) -> None:
             f"LoRAGACallback: {chosen.setting} is built when the Trainer makes its optimizer, where a callback has no "
             "say. Use LoRAGATrainer or LoRAGAMixin, or pass `optimizers=(LoRAProOptimizer(...), None)` to the Trainer "
             "yourself."
+        )
+
+
+def _require_given_ranks(config: LoRAGAConfig) -> None:
+    """Refuse to make another adapter than the trainer's."""
+    if config.ranks != "given":
+        raise ValueError(
+            f"LoRAGACallback: ranks={config.ranks!r} makes the adapter anew, where a callback has no say. Use "
+            "LoRAGATrainer with `peft_config`, or plan first: `plan_ranks(trainer).lora_config(lora)`."
         )

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 from .maths.inits import INITS
+from .maths.ranks import DEFAULT_RULE, RULES
 from .optimizers.adamw import STATE_DTYPES
 from .optimizers.registry import OPTIMIZERS, ChosenOptimizer, OptimizerEntry, corrections
 
@@ -17,12 +18,14 @@ DIRECTIONS = ("ArB2r", "A2rBr", "ArBr", "random")
 SCALES = ("stable", "unit", "gd", "matched", "weight_svd")
 ESTIMATORS = ("sketch", "exact")
 PROBE_ORDERS = ("random", "train")
+RANKS = ("given", "auto")
 
 
 # What is added to the help of a field that names an entry of a registry.
 _REGISTERED: dict[str, Callable[[], str]] = {
     "init": lambda: "".join(f" {name!r} ({init.about})." for name, init in INITS.items()),
     "correction": lambda: "".join(f" {name!r} ({OPTIMIZERS[name].about})." for name in corrections()),
+    "rank_rule": lambda: "".join(f" {name!r} ({rule.about})." for name, rule in RULES.items()),
 }
 
 
@@ -93,6 +96,12 @@ class LoRAGAConfig:
         sketch_size: Columns k of the sketch, at least as many as the init uses directions: 2r for LoRA-GA, r for
             LoRA-One. Default: 4 times as many, at the largest rank;
             lora_ga_trainer.gradients.sketch says what each size keeps.
+        ranks: 'given': the layers have the ranks of the LoraConfig. 'auto': they are planned before training, by
+            rank_rule and under rank_budget, and the adapter is made with them. Needs LoRAGATrainer with `peft_config`,
+            on one process or DDP.
+        rank_budget: Parameters that an adapter of planned ranks may have, those of its factors. Default: as many as
+            the LoraConfig asks for.
+        rank_rule: How parameters are shared out among layers: a name of the registry `RULES`.
         find_learning_rate: Find the learning rate when training begins, from the loss along the optimizer's first
             updates. It replaces that of the training arguments. For losses that predict tokens.
         correction: How the optimizer corrects the adapter's gradients (LoRA-Pro, arXiv 2407.18242). 'lora_pro': the
@@ -135,6 +144,9 @@ class LoRAGAConfig:
     gamma: float | None = None
     estimator: str = "sketch"
     sketch_size: int | None = None
+    ranks: str = "given"
+    rank_budget: int | None = None
+    rank_rule: str = DEFAULT_RULE
     find_learning_rate: bool = False
     correction: str = "none"
     lora_pro_state_dtype: str = "float32"
@@ -157,21 +169,18 @@ class LoRAGAConfig:
             ("scale", SCALES),
             ("estimator", ESTIMATORS),
             ("probe_order", PROBE_ORDERS),
+            ("ranks", RANKS),
+            ("rank_rule", tuple(RULES)),
             ("correction", corrections()),
             ("lora_pro_state_dtype", STATE_DTYPES),
         ):
             value = getattr(self, name)
             if value not in allowed:
                 raise ValueError(f"LoRAGAConfig: {name}={value!r} is unknown. Choose one of {', '.join(allowed)}.")
-        for name, least in (
-            ("num_samples", 1),
-            ("sketch_size", 2),
-            ("head_warmup_steps", 0),
-            ("probe_seed", 0),
-            ("factor_dropout_ensemble", 0),
-        ):
+        counts = {"num_samples": 1, "sketch_size": 2, "rank_budget": 1, "head_warmup_steps": 0, "probe_seed": 0}
+        for name, least in (counts | {"factor_dropout_ensemble": 0}).items():
             value = getattr(self, name)
-            if name == "sketch_size" and value is None:
+            if name in ("sketch_size", "rank_budget") and value is None:
                 continue
             if type(value) is not int or value < least:
                 raise ValueError(f"LoRAGAConfig: {name}={value!r} must be a whole number of at least {least}.")
@@ -194,6 +203,7 @@ class LoRAGAConfig:
             raise ValueError(f"LoRAGAConfig: probe_file={self.probe_file!r} must be a path as a string, or None.")
 
         self._require_read_fields()
+        self._require_planned_ranks()
         self._require_one_optimizer()
         self._require_sound_dropout()
 
@@ -224,6 +234,16 @@ class LoRAGAConfig:
                 raise ValueError(
                     f"LoRAGAConfig: {name}={getattr(self, name)!r} would do nothing with init={self.init!r}, which "
                     "does not read it. Leave it out, or choose an init that does."
+                )
+
+    def _require_planned_ranks(self) -> None:
+        """Refuse a field about planned ranks where none are planned: it would do nothing."""
+        for name in ("rank_budget", "rank_rule"):
+            value = getattr(self, name)
+            if self.ranks != "auto" and value != self.__dataclass_fields__[name].default:
+                raise ValueError(
+                    f"LoRAGAConfig: {name}={value!r} would do nothing with ranks={self.ranks!r}. Leave it out, or set "
+                    "ranks='auto'."
                 )
 
     @property

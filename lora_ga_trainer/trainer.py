@@ -12,7 +12,7 @@ from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 
 from .adapters.dropout import dropped_factors, mean_of
 from .adapters.find import find_lora_layers
-from .adapters.host import find_hosts
+from .adapters.host import find_hosts, require_adapter
 from .adapters.storage import anchored_parameter_names, counted_norm
 from .callback import LoRAGACallback
 from .config import LoRAGAConfig
@@ -20,11 +20,15 @@ from .engines.support import holds_whole_gradients
 from .optimizers.build import build_optimizer, require_buildable
 from .optimizers.weight_decay import without_anchored
 from .patches import is_of_transformers, log_without_start, put_first
+from .ranks.apply import make_adapter_anew, require_planned, resumed_config
+from .ranks.find import plan_ranks, require_plannable
+from .ranks.plan import RankPlan
 from .rates.report import RateReport
 from .saving.checkpoint import load_with_adapter, save_with_adapter
-from .saving.resume import checked_checkpoint
+from .saving.resume import checked_checkpoint, checkpoint_to_resume
 from .starts.prepare import prepare_adapter, require_config
 from .starts.report import GradientReport
+from .starts.tracking import write_report
 
 
 if TYPE_CHECKING:
@@ -62,6 +66,7 @@ class LoRAGAMixin(_AnyTrainer):
         **kwargs: Any,
     ) -> None:
         self.lora_ga_config = require_config(lora_ga_config)
+        self._require_own_adapter()
         self._own_callbacks: list[TrainerCallback] = []
         super().__init__(*args, **kwargs)
         require_buildable(self, self.lora_ga_config.optimizer)
@@ -154,6 +159,15 @@ class LoRAGAMixin(_AnyTrainer):
         """Put an adapter on a model; here it must have one already."""
         return model
 
+    def _require_own_adapter(self) -> None:
+        """Refuse planned ranks for an adapter that another one has made."""
+        if self.lora_ga_config.ranks != "given":
+            raise ValueError(
+                f"{type(self).__name__}: ranks={self.lora_ga_config.ranks!r} makes the adapter anew, and this one was "
+                "not made by LoRAGATrainer. Pass the plain model with `peft_config=` to LoRAGATrainer, or plan first: "
+                "`plan_ranks(trainer).lora_config(lora)` is the LoraConfig to make the adapter with."
+            )
+
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
         """Clip to `max_grad_norm`, with the gradient of an anchored `A` counted once in the norm."""
         if not self._counts_tied_halves(model):
@@ -186,7 +200,47 @@ class _WrapsModel(LoRAGAMixin):
         **kwargs: Any,
     ) -> None:
         self._peft_config = peft_config
+        self._drawn_from = torch.get_rng_state()
+        self.lora_ga_rank_plan: RankPlan | None = None
+        self._has_ranks = False
         super().__init__(None if model is None else self._adapt(model), args, *positional, **kwargs)
+        if self.lora_ga_config.ranks == "auto":
+            require_plannable(self)
+            self._require_no_optimizer()
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as [`LoRAGAMixin`] does; with `ranks="auto"` the adapter is first given its ranks."""
+        if self.lora_ga_config.ranks == "auto" and not self._has_ranks:
+            self._give_ranks(checkpoint_to_resume(self, resume_from_checkpoint))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _give_ranks(self, checkpoint: str | None) -> None:
+        """Make the adapter anew, with planned ranks or with those of the checkpoint that is resumed."""
+        config, lora = self.lora_ga_config, self._peft_config
+        assert lora is not None
+        if checkpoint is None:
+            probe_dataset = self._lora_ga_callback.probe_dataset
+            plan = plan_ranks(self, config.rank_budget, config.rank_rule, probe_dataset=probe_dataset)
+            self._peft_config = plan.lora_config(lora)
+        else:
+            plan, self._peft_config = None, resumed_config(checkpoint, require_adapter(self.model), lora)
+        make_adapter_anew(self, config, self._peft_config, self._drawn_from)
+        if plan is not None:
+            require_planned(self.model, plan)
+            write_report(self, plan, "lora_ga_ranks.json")
+        self.lora_ga_rank_plan, self._has_ranks = plan, True
+
+    def _require_own_adapter(self) -> None:
+        if self._peft_config is None:
+            super()._require_own_adapter()
+
+    def _require_no_optimizer(self) -> None:
+        if self.optimizer is not None:
+            raise ValueError(
+                f"{type(self).__name__}: ranks='auto' makes the adapter anew when training begins, and the optimizer "
+                "that was passed holds the parameters of the first one. Pass `optimizer_cls_and_kwargs=` instead of "
+                "`optimizers=`."
+            )
 
     def _adapt(self, model: nn.Module) -> nn.Module:
         if self._peft_config is None:
@@ -196,6 +250,7 @@ class _WrapsModel(LoRAGAMixin):
                 "peft_config was passed with a model that has an adapter already. Pass one of the two: the plain "
                 "model with `peft_config`, or the model with its adapter alone."
             )
+        self._drawn_from = torch.get_rng_state()
         # A copy: PEFT and anchoring both write into the config of the adapter.
         return get_peft_model(model, copy.deepcopy(self._peft_config))
 
@@ -210,6 +265,9 @@ class LoRAGATrainer(_WrapsModel, Trainer):
         peft_config (`peft.LoraConfig`, *optional*): wraps a plain `model`, or each model that `model_init` makes.
         lora_ga_config (`LoRAGAConfig`, *optional*): how to start; default LoRA-GA on 64 examples.
         probe_dataset (*optional*): examples for the probe instead of the train dataset's.
+
+    Attributes:
+        lora_ga_rank_plan (`RankPlan` or `None`): of the ranks, once `train()` has planned them.
 
     Raises:
         `ValueError`: before training starts, if the adapter can't be given a start; each message says what to do.

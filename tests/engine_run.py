@@ -32,7 +32,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from transformers import LlamaForCausalLM, TrainerCallback, default_data_collator
 
-from lora_ga_trainer import LoRAGAConfig, LoRAGATrainer, LoRAProAdamW, LoRAProOptimizer
+from lora_ga_trainer import RULES, LoRAGAConfig, LoRAGATrainer, LoRAProAdamW, LoRAProOptimizer, plan_ranks
 from lora_ga_trainer.adapters.anchor import start_values
 from lora_ga_trainer.adapters.find import find_adapted_layers
 from lora_ga_trainer.adapters.layer import AdaptedLayer
@@ -220,10 +220,12 @@ def refused(engine: str, folder: Path) -> dict[str, str]:
     make = functools.partial(make_trainer, engine, folder, "refused")
     if engine.startswith("zero"):
         tries["lora_pro_adamw"] = lambda: make({"correction": "lora_pro_adamw"})
+        tries["ranks"] = lambda: make({"ranks": "auto"})
         tries["riemannian"] = lambda: make({"init": "none", "riemannian_reg": 1e-2})
     if engine == "fsdp2":
         last = str(folder / engine / "exact" / f"checkpoint-{STEPS}")
         tries["resume"] = lambda: make({}).train(resume_from_checkpoint=last)
+        tries["ranks"] = lambda: make({"ranks": "auto"})
         tries["full checkpoints"] = lambda: make({}, save_only_model=False, save_strategy="steps")
     messages = {}
     for name, attempt in tries.items():
@@ -365,7 +367,25 @@ def embedding_part(engine: str, folder: Path) -> dict[str, Any]:
     return trained(engine, folder, "embedding", config, rows=rows, targets=targets, max_steps=3, max_grad_norm=0.1)
 
 
+def ranks_part(engine: str, folder: Path) -> dict[str, Any]:
+    """Plan by every rule, then train with planned ranks."""
+    rows, exact = tiny.causal_rows(24), {"estimator": "exact"}
+    trainer = make_trainer(engine, folder, "plans", exact, rows=rows)
+    plans = {rule: plan_ranks(trainer, rule=rule).ranks for rule in RULES}
+    auto = {**exact, "ranks": "auto", "rank_rule": "energy", "rank_budget": 1500}
+    trainer = make_trainer(engine, folder, "ranks", auto, rows=rows, max_steps=4)
+    trainer.train()
+    return {
+        "processes": trainer.accelerator.num_processes,
+        "plans": plans,
+        "trained": trainer.lora_ga_rank_plan.ranks,
+        "end": adapter_of(trainer),
+        "losses": [log["loss"] for log in trainer.state.log_history if "loss" in log],
+    }
+
+
 PARTS = {
+    "ranks": ranks_part,
     "bare": bare_part,
     "main": main_part,
     "kinds": functools.partial(kinds_part, part="kinds"),

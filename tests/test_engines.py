@@ -33,6 +33,7 @@ from engine_run import (
     embedding_part,
     main_part,
     moments_part,
+    ranks_part,
 )
 from optional import require
 from peft import PeftModel
@@ -334,14 +335,31 @@ REFUSALS = {
     "lora_pro_adamw": r"correction='lora_pro_adamw'.*DEEPSPEED shows an optimizer flat partitions only.*'lora_pro'",
     "riemannian": r"riemannian_reg=0.01.*DEEPSPEED shows an optimizer flat partitions only",
     "resume": r"no optimizer state, so a resume would start AdamW anew.*load_adapter",
+    "ranks": r"planned before training begins, and (FSDP|DEEPSPEED) is not ready.*one process or under DDP",
     "full checkpoints": r"Resuming is not supported for models sharded at load time",
 }
 
 
+def test_ranks_are_planned_as_on_one_process(folder: Path) -> None:
+    """Under DDP. `gelora` takes the mean of what each process finds, so there they agree with each other alone."""
+    ended = launch("ddp", "ranks", folder)
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    both = [torch.load(folder / "ddp" / f"ranks-{rank}.pt", weights_only=False) for rank in range(2)]
+    single = ranks_part("single", folder)
+    assert [found["processes"] for found in both] == [2, 2]
+    assert both[0]["plans"] == both[1]["plans"]
+    for rule in ("uniform", "energy", "gora", "signal"):
+        assert both[0]["plans"][rule] == single["plans"][rule], rule
+    assert both[0]["trained"] == both[1]["trained"] == single["trained"]
+    assert both[0]["losses"] == pytest.approx(single["losses"], abs=1e-4)
+    for name, value in both[0]["end"].items():
+        assert torch.equal(value, both[1]["end"][name]), name
+
+
 def test_what_is_impossible_is_refused_by_name(engine: str, folder: Path, ranks: Any) -> None:
     messages = torch.load(folder / engine / "refused-0.pt", weights_only=False)
-    expected = {"ddp": set(), "fsdp2": {"resume", "full checkpoints"}}
-    assert set(messages) == expected.get(engine, {"lora_pro_adamw", "riemannian"})
+    expected = {"ddp": set(), "fsdp2": {"resume", "full checkpoints", "ranks"}}
+    assert set(messages) == expected.get(engine, {"lora_pro_adamw", "riemannian", "ranks"})
     for name, message in messages.items():
         assert re.search(REFUSALS[name], message), message
 

@@ -23,6 +23,7 @@ from transformers import AutoModelForSeq2SeqLM, EvalPrediction, PreTrainedTokeni
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))  # as `python recipes/finetune.py` does
 
 import finetune
+import plan_ranks
 from finetuning import data as recipe_data
 from finetuning import reading
 from finetuning.arguments import DataArguments, ModelArguments, make_parser, parse
@@ -587,6 +588,36 @@ def test_a_causal_model_reports_perplexity_and_saves_what_peft_loads(
 
     run_recipe(monkeypatch, tmp_path / "plain", *arguments, "--init", "none")
     assert not (tmp_path / "plain" / "lora_ga_report.json").exists()
+
+
+def test_plans_are_shown_and_trained_with(tmp_path, monkeypatch, capsys, tokenizer, letters):
+    base = tmp_path / "base"
+    tiny.llama(vocab_size=len(tokenizer)).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    arguments = (
+        "--model_name_or_path",
+        str(base),
+        "--train_file",
+        letters,
+        *FIELDS,
+        "--max_length",
+        "16",
+        "--use_cpu",
+    )
+    arguments += ("--num_samples", "8", "--per_device_train_batch_size", "4", "--output_dir", str(tmp_path / "plans"))
+    options = ("--rules", "uniform", "energy", "--budget", "1500")
+    monkeypatch.setattr(sys, "argv", ["plan_ranks.py", *options, *arguments])
+    plan_ranks.main()
+    printed = capsys.readouterr().out
+    for rule in ("uniform", "energy"):
+        assert f"ranks by rule {rule!r}" in printed
+        assert (tmp_path / "plans" / f"rank_plan_{rule}.png").exists()
+    planned = json.loads((tmp_path / "plans" / "rank_plan_energy.json").read_text())
+    assert planned["spent"] <= 1500
+    ranks = ("--ranks", "auto", "--rank_rule", "energy", "--rank_budget", "1500", "--init", "none")
+    run_recipe(monkeypatch, tmp_path / "out", *arguments[:-2], *ranks, "--num_samples", "8")
+    trained = json.loads((tmp_path / "out" / "lora_ga_ranks.json").read_text())
+    assert trained["layers"] == planned["layers"]
 
 
 def test_a_classifier_counts_accumulated_batches_once(tmp_path, monkeypatch, tokenizer):

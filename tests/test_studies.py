@@ -18,6 +18,7 @@ import directions
 import forgetting
 import learning_rates
 import lora_pro_from_zero
+import ranks
 
 from lora_ga_trainer import find_adapted_layers
 
@@ -139,3 +140,40 @@ def test_what_was_forgotten_is_the_rise_of_the_loss_on_text_of_the_base_s_kind()
     with torch.no_grad():
         whole = twin(input_ids=rows, labels=rows).loss.item()
     assert found["base"][0] == pytest.approx(whole, rel=1e-5)
+
+
+def test_rules_are_compared_at_their_best_rates_and_equal_parameters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The best of the first rates is inside, so no other is tried; a second run trains nothing anew."""
+    losses = {ranks.RATES[index]: 1 + abs(index - 9) for index in ranks.FIRST}
+    monkeypatch.setattr(
+        ranks.LoRAGATrainer, "evaluate", lambda trainer: {"eval_loss": losses[trainer.args.learning_rate]}
+    )
+    words = [
+        "--tasks",
+        "tables",
+        "--ranks",
+        "2",
+        "--rules",
+        "energy",
+        "--seeds",
+        "0",
+        "--steps",
+        "1",
+        "--base_steps",
+        "2",
+    ]
+    monkeypatch.setattr(sys, "argv", ["study", "--results", str(tmp_path / "ranks.json"), *words])
+    ranks.main()
+    printed = capsys.readouterr().out
+    (row,) = [line for line in printed.splitlines() if line.startswith("| tables")]
+    _, task, budget, rule, rate, loss, gap, *_ = (cell.strip() for cell in row.split("|"))
+    assert (task, budget, rule, rate) == ("tables", "r = 2", "energy", f"{ranks.RATES[9]:.1e}")
+    assert (loss, gap) == ("1.0000 (1.0000-1.0000)", "+0.0000 (nan)")
+    kept = json.loads((tmp_path / "ranks.json").read_text())
+    assert len(kept) == 6
+    assert all(0.95 < run["share"] <= 1 for run in kept.values())
+    monkeypatch.setattr(ranks.LoRAGATrainer, "train", lambda trainer: pytest.fail("trained again"))
+    ranks.main()
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("| tables")] == [row]

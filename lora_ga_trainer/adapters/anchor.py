@@ -54,10 +54,19 @@ def halve_adapter(model: nn.Module, layers: list[AdaptedLayer]) -> None:
     A plain start draws the rows of `A` alike whatever the rank, so that what is left is a plain start of that rank.
     """
     config = require_adapter(model).config
-    shrink_alpha = 1 / math.sqrt(2.0) if config.use_rslora else 0.5
     for layer in layers:
-        _halve_layer(layer, shrink_alpha)
-    _rescale_config(config, 0.5, shrink_alpha)
+        _halve_layer(layer, _shrinking(config))
+    halve_config(config)
+
+
+def halve_config(config: LoraConfig) -> None:
+    """Give the config of an anchored adapter the ranks and alphas that its user means."""
+    _rescale_config(config, 0.5, _shrinking(config))
+
+
+def _shrinking(config: LoraConfig) -> float:
+    """Return the factor of alpha that keeps `s` at half the rank."""
+    return 1 / math.sqrt(2.0) if config.use_rslora else 0.5
 
 
 def _rescale_config(config: LoraConfig, rank: float, alpha: float) -> None:

@@ -49,6 +49,7 @@ def estimate_gradients(
     config: LoRAGAConfig,
     layers: Sequence[AdaptedLayer] | None = None,
     probe_dataset: Dataset | None = None,
+    skip: int = 0,
 ) -> GradientEstimate:
     """
     Estimate `G = dL/dW` of every layer over `config.num_samples` examples of the training data.
@@ -72,6 +73,8 @@ def estimate_gradients(
         config: `num_samples`, `estimator`, `sketch_size`, `probe_order`, `probe_seed` and `allow_unreached` are read.
         layers: the layers to look at; default all that the model's active adapter trains.
         probe_dataset: examples to use instead of the trainer's `train_dataset`.
+        skip: examples at the beginning of that order to pass over, in whole micro-batches. With the `samples` of an
+            estimate before, this one is of other examples.
 
     Raises:
         `ValueError`: if the data is empty, has no labels, or is a stream that can't be rewound; if the loss reaches no
@@ -87,7 +90,7 @@ def estimate_gradients(
             require_rewindable(trainer)
             try:
                 with probe_order(trainer, config):
-                    return _Probe(trainer, model, config, layers, scale).run()
+                    return _Probe(trainer, model, config, layers, scale, skip).run()
             except NonFiniteGradient:
                 if scale == scales[-1]:
                     raise
@@ -106,8 +109,9 @@ class _Probe:
         config: LoRAGAConfig,
         layers: Sequence[AdaptedLayer],
         loss_scale: float,
+        skip: int = 0,
     ) -> None:
-        self.trainer, self.model, self.config = trainer, model, config
+        self.trainer, self.model, self.config, self.skip = trainer, model, config, skip
         self.collector = Collector(trainer, config, layers, loss_scale)
         self.uses = WeightUses(model, layers)
         self.counts = Counts()
@@ -133,7 +137,7 @@ class _Probe:
     def _pass(self, bar: tqdm) -> None:
         """Run every sample once; sketches turn at the first end of a round at or after a turning point."""
         points = turning_points(self.config.num_samples) if self.collector.sketches else []
-        for number, micro_batch in enumerate(micro_batches(self.trainer, self.config.num_samples)):
+        for number, micro_batch in enumerate(micro_batches(self.trainer, self.config.num_samples, self.skip)):
             passed = [point for point in points if point <= self.counts.samples]
             if passed:
                 # Several points may lie in one micro-batch. Nothing was seen between them, so one turn does for all.

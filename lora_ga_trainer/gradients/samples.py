@@ -65,7 +65,7 @@ class _CountingCollator:
         return batch
 
 
-def micro_batches(trainer: Trainer, num_samples: int) -> Iterator[MicroBatch]:
+def micro_batches(trainer: Trainer, num_samples: int, skip: int = 0) -> Iterator[MicroBatch]:
     """
     Yield micro-batches of the training data until at least `num_samples` samples have passed. Collective.
 
@@ -80,9 +80,11 @@ def micro_batches(trainer: Trainer, num_samples: int) -> Iterator[MicroBatch]:
     Args:
         trainer: its `get_train_dataloader()` is called once.
         num_samples: at least this many, if the data has them.
+        skip: samples to pass over first, in whole rounds.
 
     Raises:
-        `ValueError`: if the data loader has nothing from the start, for any process or for one of them.
+        `ValueError`: if the data loader has nothing from the start, for any process or for one of them, or nothing
+            beyond what is passed over.
     """
     with attribute(trainer, "data_collator", _CountingCollator(trainer.data_collator)):
         loader = trainer.get_train_dataloader()
@@ -90,7 +92,7 @@ def micro_batches(trainer: Trainer, num_samples: int) -> Iterator[MicroBatch]:
         loader.set_epoch(0)
     rank, taken, last = trainer.accelerator.process_index, 0, None
     batches = iter(loader)
-    while taken < num_samples:
+    while taken < skip + num_samples:
         batch = next(batches, None)
         last = last if batch is None else _prepare(trainer, batch)
         of_processes = gather_integers(trainer, 0 if batch is None or last is None else last[1], int(last is not None))
@@ -98,6 +100,11 @@ def micro_batches(trainer: Trainer, num_samples: int) -> Iterator[MicroBatch]:
         real = _real_samples(loader, sum(sizes))
         if real == 0 and taken == 0:
             raise ValueError(_no_batch(trainer))
+        if real == 0 and taken <= skip:
+            raise ValueError(
+                f"The train dataloader gave {taken} samples and {skip} of them were to be passed over: there is no "
+                "other half. Use more data, or a smaller num_samples."
+            )
         if real == 0:
             return
         if last is None or not all(
@@ -109,7 +116,8 @@ def micro_batches(trainer: Trainer, num_samples: int) -> Iterator[MicroBatch]:
             )
         size = sizes[rank]
         own = min(max(real - sum(sizes[:rank]), 0), size)  # repeats stand at the end of the round
-        yield MicroBatch(last[0], size=size, share=own / size if size else 0.0, samples=real)
+        if taken >= skip:
+            yield MicroBatch(last[0], size=size, share=own / size if size else 0.0, samples=real)
         taken += real
         _count_step(trainer)
 

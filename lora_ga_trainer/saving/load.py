@@ -7,10 +7,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from torch import nn
 
-from ..adapters.anchor import tie_adapter
+from ..adapters.anchor import halve_config, tie_adapter
 from ..adapters.find import find_lora_layers
 from ..adapters.host import AdapterHost, find_hosts, require_adapter
 from .fingerprint import fingerprint_base
@@ -90,6 +90,20 @@ def _continue(model: nn.Module, record: StartRecord | None, folder: str | os.Pat
     host.replace_config(attach_record(host.config, record, host))
     if record.anchored:
         tie_adapter(layers)
+
+
+def read_lora_config(folder: str | os.PathLike[str]) -> LoraConfig:
+    """
+    Read the config of a saved adapter, with the ranks that its user means: an anchored one stores 2r.
+
+    Args:
+        folder: that holds `adapter_config.json`.
+    """
+    config = LoraConfig.from_pretrained(os.fspath(folder))
+    record = read_record(folder)
+    if record is not None and record.anchored:
+        halve_config(config)
+    return config
 
 
 def _require_rank(host: AdapterHost, record: StartRecord, folder: str | os.PathLike[str]) -> None:

@@ -76,6 +76,18 @@ def checked_checkpoint(trainer: Trainer, resume_from_checkpoint: str | bool | No
     return folder
 
 
+def checkpoint_to_resume(trainer: Trainer, resume_from_checkpoint: str | bool | None) -> str | None:
+    """
+    Return the folder that a run goes on from, the newest whole one where none is named; `None` for a new run.
+
+    Raises:
+        `ValueError`: if there is none.
+    """
+    if resume_from_checkpoint is True:
+        return _require_newest(trainer)
+    return resume_from_checkpoint or None
+
+
 def _require_newest(trainer: Trainer) -> str:
     folder = newest_complete_checkpoint(trainer)
     if folder is None:

@@ -62,15 +62,33 @@ def warm_up_heads(trainer: Trainer, config: LoRAGAConfig) -> None:
 @contextmanager
 def warm_heads(trainer: Trainer, config: LoRAGAConfig) -> Iterator[None]:
     """Warm the heads up, and give them their values back if anything inside raises. Collective."""
-    heads = saved_modules(trainer.accelerator.unwrap_model(trainer.model))
-    parameters = [parameter for head in heads for parameter in head.parameters() if parameter.requires_grad]
-    before = [read_parameter(parameter).clone() for parameter in parameters]
+    before = _values(trainer)
     try:
         warm_up_heads(trainer, config)
         yield
     except BaseException:
-        write_parameters(trainer, list(zip(parameters, before, strict=True)))
+        write_parameters(trainer, before)
         raise
+
+
+@contextmanager
+def lent_warm_heads(trainer: Trainer, config: LoRAGAConfig) -> Iterator[None]:
+    """Warm the heads up while the context is open, if `config` asks for it; afterwards they are cold. Collective."""
+    before = _values(trainer)
+    try:
+        if config.head_warmup_steps > 0:
+            warm_up_heads(trainer, config)
+        yield
+    finally:
+        if config.head_warmup_steps > 0:
+            write_parameters(trainer, before)
+
+
+def _values(trainer: Trainer) -> list[tuple[nn.Parameter, torch.Tensor]]:
+    """Return the trained parameters of the heads with copies of their values. Collective."""
+    heads = saved_modules(trainer.accelerator.unwrap_model(trainer.model))
+    parameters = [parameter for head in heads for parameter in head.parameters() if parameter.requires_grad]
+    return [(parameter, read_parameter(parameter).clone()) for parameter in parameters]
 
 
 class _Heads:

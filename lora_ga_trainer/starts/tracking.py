@@ -44,6 +44,11 @@ def publish(
     # Not trainer.log: a class that overrides it flushes running figures of its own there (TRL's do).
     Trainer.log(trainer, report.metrics())
     send_picture(trainer, report, picture)
+    write_report(trainer, report, name)
+
+
+def write_report(trainer: Trainer, report: DrawnReport, name: str) -> None:
+    """Write a report to a file in the output folder; one that can't be written is a warning."""
     if not trainer.is_world_process_zero():
         return
     folder = Path(trainer.args.output_dir)

@@ -1,4 +1,4 @@
-"""A small byte-level Llama, a text that it knows and three to learn, for studies that need many trainings."""
+"""A small byte-level Llama, a text that it knows and four to learn, for studies that need many trainings."""
 
 import sysconfig
 import tempfile
@@ -74,7 +74,17 @@ def unittest() -> tuple[Rows, Rows]:
     return split(rows_of("unittest/*.py", 600_000))
 
 
-TASKS: dict[str, Callable[[], tuple[Rows, Rows]]] = {"manual": manual, "news": news, "unittest": unittest}
+def tables() -> tuple[Rows, Rows]:
+    """The tables of characters in the standard library's encodings."""
+    return split(rows_of("encodings/*.py", 600_000))
+
+
+TASKS: dict[str, Callable[[], tuple[Rows, Rows]]] = {
+    "manual": manual,
+    "news": news,
+    "unittest": unittest,
+    "tables": tables,
+}
 
 
 def arguments(rate: float, seed: int, steps: int, **changes: Any) -> TrainingArguments:
