@@ -19,6 +19,7 @@ import forgetting
 import learning_rates
 import lora_pro_from_zero
 import ranks
+import rival_rules as rivals
 
 from lora_ga_trainer import find_adapted_layers
 
@@ -177,3 +178,25 @@ def test_rules_are_compared_at_their_best_rates_and_equal_parameters(
     monkeypatch.setattr(ranks.LoRAGATrainer, "train", lambda trainer: pytest.fail("trained again"))
     ranks.main()
     assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("| tables")] == [row]
+
+
+def test_a_range_test_suggests_where_the_loss_falls_fastest() -> None:
+    """Flat, a fall of 40 steps, flat again. The smoothed loss of torch-lr-finder (.05) falls most where it ends."""
+    rates = [10 ** (-5 + step / 12) for step in range(60)]
+    tried = {rate: 4.0 - 0.05 * min(max(step - 10, 0), 40) for step, rate in enumerate(rates)}
+    # The gap to the raw loss, and so the fall, grows as long as the raw loss falls: to step 50.
+    assert rivals.steepest(tried) == rates[49]
+    # fastai's smoothed loss falls from step 11 to the last: half-way from one before it.
+    assert rivals.valley(tried) == pytest.approx(rates[34], rel=0.3)
+
+
+def test_a_missing_library_is_named_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rivals.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match="pip install --no-deps prodigyopt, or leave"):
+        rivals.require_libraries(["race", "prodigy"])
+    rivals.require_libraries(["race"])
+
+
+def test_the_published_rate_is_5e_minus_4_at_a_hidden_size_of_2000() -> None:
+    assert rivals.published(2000) == 5e-4
+    assert rivals.published(4096) == pytest.approx(2.86e-4, rel=2e-3)

@@ -10,7 +10,12 @@ linear decay. The score is the loss on 300 held-out rows (18,900 bytes).
 
 Printed for each cell and seed: the best rate (of the parabola through the best three), the found one, and the regret:
 loss at the found rate, between those of its neighbours in the sweep, less the loss at the best rate. The last lines
-compare with one rate for all cells. Takes about an hour on one CPU core and continues from its file.
+compare with one rate for all cells, and with `--rivals`, each with its cost. `factors` (rate times the step that the
+start's norms give) and `sqrt(s r)` (rate times it, arXiv 2602.06204) have constants fitted on "plain" and are judged
+on the others. The sweep takes about an hour on one CPU core, rivals a quarter more. All continues from its file.
+
+`prodigy` and the schedule-free ones train without a rate to choose. Their regret is their loss less the best of AdamW
+in the same cell; LoRA+'s ratio is left out. They need libraries: `pip install --no-deps prodigyopt schedulefree`.
 """
 
 import argparse
@@ -21,8 +26,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from byte_model import arguments, load_base, manual, train_base
+from byte_model import SIZES, arguments, load_base, manual, train_base
 from peft import LoraConfig
+from rival_rules import (
+    FREE,
+    RACE_STEPS,
+    RACERS,
+    RANGE_STEPS,
+    Racer,
+    RangeTest,
+    free_settings,
+    published,
+    require_libraries,
+    size_of_start,
+    steepest,
+    valley,
+)
 from torch import Tensor
 from transformers import set_seed
 
@@ -44,18 +63,52 @@ CELLS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def make_trainer(base: dict[str, Tensor], cell: str, rate: float, seed: int, steps: int) -> LoRAGATrainer:
+RIVALS = ("range test", "race", *FREE)
+FITTED_ON = "plain"
+
+
+def make_trainer(
+    base: dict[str, Tensor],
+    cell: str,
+    rate: float,
+    seed: int,
+    steps: int,
+    kind: type[LoRAGATrainer] = LoRAGATrainer,
+    changes: dict[str, Any] | None = None,
+    own: dict[str, Any] | None = None,
+) -> LoRAGATrainer:
+    """Return the trainer of a cell. `changes` are of the arguments, `own` of the trainer: an optimizer of its own."""
     start, adapter = CELLS[cell]
+    if changes or own:
+        start = {name: value for name, value in start.items() if name != "loraplus_lr_ratio"}
     train, held_out = manual()
     set_seed(seed)
-    return LoRAGATrainer(
+    return kind(
         load_base(base),
-        arguments(rate, seed, steps),
+        arguments(rate, seed, steps, **(changes or {})),
         train_dataset=train,
         eval_dataset=held_out,
         peft_config=LoraConfig(**({"r": 8, "lora_alpha": 16, "target_modules": "all-linear"} | adapter)),
         lora_ga_config=LoRAGAConfig(**start),
+        **(own or {}),
     )
+
+
+def try_rival(rule: str, base: dict[str, Tensor], cell: str, seed: int, steps: int) -> dict[str, float]:
+    """Return what a rival chose: a rate, or the loss of a training that has none to choose."""
+    if rule == "range test":
+        trainer = make_trainer(base, cell, 1e-3, seed, RANGE_STEPS, RangeTest)
+        trainer.train()
+        return {"steepest": steepest(trainer.tried), "valley": valley(trainer.tried)}
+    if rule == "race":
+        losses = {}
+        for rate in RACERS:
+            racer = make_trainer(base, cell, rate, seed, steps, Racer)
+            racer.train()
+            losses[rate] = racer.mean_loss()
+        return {"race": min(losses, key=losses.__getitem__)}
+    rate, changes, own = free_settings(rule)
+    return {rule: loss_after_training(make_trainer(base, cell, rate, seed, steps, changes=changes, own=own))}
 
 
 def loss_after_training(trainer: LoRAGATrainer) -> float:
@@ -93,23 +146,34 @@ def main() -> None:
     parser.add_argument("--cells", nargs="+", choices=CELLS, default=list(CELLS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--rates", nargs="+", type=float, default=RATES)
+    parser.add_argument("--rivals", nargs="*", choices=RIVALS, default=[])
     parser.add_argument("--steps", type=int, default=STEPS, help="of each training, a tenth of them warm-up")
     parser.add_argument("--base_steps", type=int, default=1500, help="of the base model's training")
     args = parser.parse_args()
+    require_libraries(args.rivals)
     torch.set_num_threads(1)
     results: dict[str, float] = json.loads(args.results.read_text()) if args.results.exists() else {}
     base = train_base(args.base_steps)
     for cell in args.cells:
         for seed in args.seeds:
             found = f"{cell}|{seed}|found"
-            if found not in results:
-                report = find_learning_rate(make_trainer(base, cell, 1e-3, seed, args.steps))
+            if found not in results or f"{cell}|{seed}|size" not in results:
+                trainer = make_trainer(base, cell, 1e-3, seed, args.steps)
+                report = find_learning_rate(trainer)
                 results[found] = report.learning_rate
+                # The adapter has its start now.
+                results[f"{cell}|{seed}|size"] = size_of_start(trainer, CELLS[cell][0].get("loraplus_lr_ratio", 1.0))
                 results[f"{cell}|{seed}|passes"] = report.forward_passes
             for rate in args.rates:
                 if f"{cell}|{seed}|{rate:.3e}" not in results:
                     loss = loss_after_training(make_trainer(base, cell, rate, seed, args.steps))
                     results[f"{cell}|{seed}|{rate:.3e}"] = loss
+                    args.results.write_text(json.dumps(results, indent=1))
+            for rule in args.rivals:
+                kept = f"{cell}|{seed}|{'steepest' if rule == 'range test' else rule}"
+                if kept not in results:
+                    chosen = try_rival(rule, base, cell, seed, args.steps)
+                    results.update({f"{cell}|{seed}|{name}": value for name, value in chosen.items()})
                     args.results.write_text(json.dumps(results, indent=1))
     print_table(results, args.cells, args.seeds, args.rates)
 
@@ -138,6 +202,40 @@ def print_table(results: dict[str, float], cells: list[str], seeds: list[int], r
     print("| rate | median regret | worst |\n|---|---|---|")
     for rule, values in regrets.items():
         print(f"| {rule} | {statistics.median(values):.4f} | {max(values):.4f} |")
+
+    print_rivals(results, cells, seeds, rates)
+
+
+def print_rivals(results: dict[str, float], cells: list[str], seeds: list[int], rates: list[float]) -> None:
+    """Print the regrets of the rules, over the cells that each has been tried in."""
+    keys = [(cell, seed) for cell in cells for seed in seeds]
+    swept = {key: {rate: results[f"{key[0]}|{key[1]}|{rate:.3e}"] for rate in rates} for key in keys}
+    of = lambda name: {
+        key: results[f"{key[0]}|{key[1]}|{name}"] for key in keys if f"{key[0]}|{key[1]}|{name}" in results
+    }
+    rules: dict[str, tuple[str, dict[tuple[str, int], float]]] = {
+        "published, by hidden size": ("nothing", dict.fromkeys(keys, published(SIZES["hidden_size"]))),
+        "range test, steepest": (f"{RANGE_STEPS} steps", of("steepest")),
+        "range test, valley": (f"{RANGE_STEPS} steps", of("valley")),
+        "race of three": (f"{(len(RACERS) - 1) * RACE_STEPS} steps", of("race")),
+    }
+    fitted_on = [key for key in keys if key[0] == FITTED_ON]
+    root = lambda cell: math.sqrt(({"r": 8, "lora_alpha": 16} | CELLS[cell][1])["lora_alpha"])  # s r = alpha
+    laws = {"factors": of("size"), "sqrt(s r)": {key: root(key[0]) for key in keys}}
+    for law, sizes in laws.items() if fitted_on else ():
+        constant = statistics.geometric_mean([best_of(swept[key])[0] * sizes[key] for key in fitted_on])
+        others = {key: constant / size for key, size in sizes.items() if key[0] != FITTED_ON}
+        rules[law] = (f"a sweep of {FITTED_ON!r}", others)
+    print("\n| rule | cost before training | cells | median regret | worst |\n|---|---|---|---|---|")
+    for rule, (cost, chosen) in rules.items():
+        print_rule(rule, cost, [loss_at(swept[key], rate) - best_of(swept[key])[1] for key, rate in chosen.items()])
+    for rule in FREE:
+        print_rule(rule, "nothing", [loss - best_of(swept[key])[1] for key, loss in of(rule).items()])
+
+
+def print_rule(rule: str, cost: str, regrets: list[float]) -> None:
+    if regrets:
+        print(f"| {rule} | {cost} | {len(regrets)} | {statistics.median(regrets):.4f} | {max(regrets):.4f} |")
 
 
 if __name__ == "__main__":
