@@ -93,6 +93,10 @@ class LoRAGAConfig:
         sketch_size: Columns k of the sketch, at least as many as the init uses directions: 2r for LoRA-GA, r for
             LoRA-One. Default: 4 times as many, at the largest rank;
             lora_ga_trainer.gradients.sketch says what each size keeps.
+        min_energy_kept: Share of the energy of the gradient's best directions that a sketch has to keep, of the first
+            r and of the next r. A layer that by the sketch's own estimate keeps less is seen in a second pass over the
+            same samples, which costs as much as the first one; without such a layer there is none. None: never look
+            again.
         find_learning_rate: Find the learning rate when training begins, from the loss along the optimizer's first
             updates. It replaces that of the training arguments. For losses that predict tokens.
         correction: How the optimizer corrects the adapter's gradients (LoRA-Pro, arXiv 2407.18242). 'lora_pro': the
@@ -130,6 +134,7 @@ class LoRAGAConfig:
     gamma: float | None = None
     estimator: str = "sketch"
     sketch_size: int | None = None
+    min_energy_kept: float | None = 0.97
     find_learning_rate: bool = False
     correction: str = "none"
     lora_pro_state_dtype: str = "float32"
@@ -174,6 +179,12 @@ class LoRAGAConfig:
                     f"LoRAGAConfig: {name}={value!r} must be a number greater than 0. (YAML reads 1e-3 as a word and "
                     "1.0e-3 as a number.)"
                 )
+        share = self.min_energy_kept
+        if share is not None and (type(share) not in (int, float) or not 0 < share <= 1):
+            raise ValueError(
+                f"LoRAGAConfig: min_energy_kept={share!r} must be a number greater than 0, at most 1, or None, which "
+                "looks at no layer twice."
+            )
         for name in ("allow_unreached", "find_learning_rate", "lora_pro_offload_state"):
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"LoRAGAConfig: {name}={getattr(self, name)!r} must be True or False.")

@@ -17,7 +17,8 @@ from lora_ga_trainer.starts.report import Action
 
 CAUSAL = {"target_modules": ["q_proj", "down_proj"], "r": 2, "lora_alpha": 4}
 WIDE = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 1}
-SKETCH = {"estimator": "sketch", "sketch_size": 8}  # 128 x 128 is sketched with 8 columns, 32 x 32 is not
+# 128 x 128 is sketched with 8 columns, 32 x 32 is not; what the first pass has kept is written.
+SKETCH = {"estimator": "sketch", "sketch_size": 8, "min_energy_kept": None}
 
 
 class AtFirstStep(TrainerCallback):
