@@ -155,7 +155,8 @@ def test_a_rank_that_a_sketch_cannot_hold_is_refused_by_the_files_name(tmp_path)
 
 def test_a_file_with_fewer_columns_than_the_run_would_choose_is_refused(tmp_path):
     """LoRA-One's file has half of LoRA-GA's columns, a higher rank would choose more. LoRA-GA's serves LoRA-One."""
-    one, two, lora = {"init": "lora_one"}, {"init": "lora_ga"}, {"r": 1}
+    one, two = ({"init": init, "min_energy_kept": None} for init in ("lora_one", "lora_ga"))
+    lora = {"r": 1}
     run(tmp_path, base=tiny.llama(**WIDE), lora=lora, **one)
     with pytest.raises(ValueError, match=r"sketches of 4 columns.*init='lora_ga' .*would use 8.*Delete it"):
         run(tmp_path, base=tiny.llama(**WIDE), lora=lora, **two)
