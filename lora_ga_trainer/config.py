@@ -96,6 +96,10 @@ class LoRAGAConfig:
         sketch_size: Columns k of the sketch, at least as many as the init uses directions: 2r for LoRA-GA, r for
             LoRA-One. Default: 4 times as many, at the largest rank;
             lora_ga_trainer.gradients.sketch says what each size keeps.
+        min_energy_kept: Share of the energy of the gradient's best directions that a sketch has to keep, of the first
+            r and of the next r. A layer that by the sketch's own estimate keeps less is seen in a second pass over the
+            same samples, which costs as much as the first one; without such a layer there is none. None: never look
+            again.
         ranks: 'given': the layers have the ranks of the LoraConfig. 'auto': they are planned before training, by
             rank_rule and under rank_budget, and the adapter is made with them. Needs LoRAGATrainer with `peft_config`,
             on one process or DDP.
@@ -144,6 +148,7 @@ class LoRAGAConfig:
     gamma: float | None = None
     estimator: str = "sketch"
     sketch_size: int | None = None
+    min_energy_kept: float | None = 0.9
     ranks: str = "given"
     rank_budget: int | None = None
     rank_rule: str = DEFAULT_RULE
@@ -196,6 +201,12 @@ class LoRAGAConfig:
                     f"LoRAGAConfig: {name}={value!r} must be a number greater than 0. (YAML reads 1e-3 as a word and "
                     "1.0e-3 as a number.)"
                 )
+        share = self.min_energy_kept
+        if share is not None and (type(share) not in (int, float) or not 0 < share <= 1):
+            raise ValueError(
+                f"LoRAGAConfig: min_energy_kept={share!r} must be a number greater than 0, at most 1, or None, which "
+                "looks at no layer twice."
+            )
         for name in ("allow_unreached", "find_learning_rate", "lora_pro_offload_state"):
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"LoRAGAConfig: {name}={getattr(self, name)!r} must be True or False.")

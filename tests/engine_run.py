@@ -44,7 +44,7 @@ from lora_ga_trainer.starts.prepare import prepare_adapter
 
 STEPS, SAVED, KILLED = 10, 5, 7
 ROWS = 11  # no multiple of the 4 samples of a step: the last batch does not divide
-SKETCH = {"sketch_size": 8, "estimator": "sketch"}
+SKETCH = {"sketch_size": 8, "estimator": "sketch", "min_energy_kept": None}
 RESUMED = {"estimator": "exact", "correction": "lora_pro"}
 SAVES = {"save_strategy": "steps", "save_steps": SAVED, "dropout": 0.1}
 

@@ -17,7 +17,8 @@ from lora_ga_trainer.starts.report import Action
 
 CAUSAL = {"target_modules": ["q_proj", "down_proj"], "r": 2, "lora_alpha": 4}
 WIDE = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 1}
-SKETCH = {"estimator": "sketch", "sketch_size": 8}  # 128 x 128 is sketched with 8 columns, 32 x 32 is not
+# 128 x 128 is sketched with 8 columns, 32 x 32 is not; what the first pass has kept is written.
+SKETCH = {"estimator": "sketch", "sketch_size": 8, "min_energy_kept": None}
 
 
 class AtFirstStep(TrainerCallback):
@@ -154,7 +155,8 @@ def test_a_rank_that_a_sketch_cannot_hold_is_refused_by_the_files_name(tmp_path)
 
 def test_a_file_with_fewer_columns_than_the_run_would_choose_is_refused(tmp_path):
     """LoRA-One's file has half of LoRA-GA's columns, a higher rank would choose more. LoRA-GA's serves LoRA-One."""
-    one, two, lora = {"init": "lora_one"}, {"init": "lora_ga"}, {"r": 1}
+    one, two = ({"init": init, "min_energy_kept": None} for init in ("lora_one", "lora_ga"))
+    lora = {"r": 1}
     run(tmp_path, base=tiny.llama(**WIDE), lora=lora, **one)
     with pytest.raises(ValueError, match=r"sketches of 4 columns.*init='lora_ga' .*would use 8.*Delete it"):
         run(tmp_path, base=tiny.llama(**WIDE), lora=lora, **two)

@@ -75,6 +75,7 @@ def test_metrics_average_over_the_layers_that_were_started():
         "lora_ga/energy_share_r": pytest.approx(0.6),
         "lora_ga/energy_share_2r": pytest.approx(0.8),
         "lora_ga/energy_kept_min": 0.9,
+        "lora_ga/layers_seen_twice": 0,
     }
 
 

@@ -205,7 +205,7 @@ def test_sketches_turn_at_the_end_of_the_batch_that_a_turning_point_falls_into(
 
         trainer.compute_loss = counted
         trainer.model_wrapped = trainer.accelerator.prepare_model(trainer.model)
-        estimate = estimate_gradients(trainer, LoRAGAConfig(num_samples=16, sketch_size=2))
+        estimate = estimate_gradients(trainer, LoRAGAConfig(num_samples=16, sketch_size=2, min_energy_kept=None))
         assert any(found.sketched for found in estimate.estimators.values())
         assert turned == expected, size
 
@@ -217,7 +217,7 @@ def test_a_batch_that_is_looked_at_first_counts_once(tmp_path: Any) -> None:
     true, counts = probe(make(tmp_path, model(), rows, 8), 8)
     trainer = make(tmp_path, model(), rows, 8)
     trainer.model_wrapped = trainer.accelerator.prepare_model(trainer.model)
-    estimate = estimate_gradients(trainer, LoRAGAConfig(num_samples=8, sketch_size=6))
+    estimate = estimate_gradients(trainer, LoRAGAConfig(num_samples=8, sketch_size=6, min_energy_kept=None))
     assert (estimate.samples, estimate.items, estimate.tokens) == (counts.samples, counts.items, counts.tokens)
     assert {found.sketched for found in estimate.estimators.values()} == {True, False}
     for name, found in estimate.estimators.items():

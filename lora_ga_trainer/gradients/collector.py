@@ -42,6 +42,7 @@ class Collector:
         config: `init`, `estimator`, `sketch_size` and `probe_seed` are read.
         layers: the layers to look at.
         loss_scale: factor of the loss that a backward pass starts from.
+        again: accumulators of all matrices of `layers`, to be filled instead of new ones. Nothing else is gathered.
 
     Attributes:
         accumulators: one per adapted layer, of fused experts one each, by name.
@@ -52,12 +53,21 @@ class Collector:
     """
 
     def __init__(
-        self, trainer: Trainer, config: LoRAGAConfig, layers: Sequence[AdaptedLayer], loss_scale: float
+        self,
+        trainer: Trainer,
+        config: LoRAGAConfig,
+        layers: Sequence[AdaptedLayer],
+        loss_scale: float,
+        again: dict[str, Accumulator] | None = None,
     ) -> None:
         self.trainer, self.layers, self.loss_scale = trainer, layers, loss_scale
-        shapes = [(name, layer.shape) for layer in layers for name in layer.matrices]
-        self.accumulators = make_accumulators(shapes, config, max(layer.rank for layer in layers))
-        self.moment_sums = make_moment_sums(config, layers)
+        if again is None:
+            shapes = [(name, layer.shape) for layer in layers for name in layer.matrices]
+            again = make_accumulators(shapes, config, max(layer.rank for layer in layers))
+            self.moment_sums = make_moment_sums(config, layers)
+        else:
+            self.moment_sums = {}
+        self.accumulators = again
         self.weight = self.share = 0.0
         self.bytes_sent = 0
         self._looking = self._running = False

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..adapters.layer import AdaptedLayer
 from ..config import LoRAGAConfig
+from ..maths.recovery import TopSVD
 from .accumulator import Accumulator
 from .moments import LayerMoments
 
@@ -37,6 +38,8 @@ class GradientEstimate:
         bytes_sent: bytes that this process handed to all-reduces.
         unreached: layers that the loss never reached.
         shared: layers that it reached whose weight has other uses, which `G` leaves out.
+        seen_twice: layers that kept too little after one pass and were seen in a second one.
+        tops: singular triplets that this process has computed already, by name; those of layers seen twice are not.
         moments: what the init asks for beside `G`, by the name of the layer; empty if it asks for nothing.
         first_batch: the first prepared inputs of this process, for measuring the loss before and after the write.
         first_items: items of `first_batch` that count.
@@ -52,6 +55,8 @@ class GradientEstimate:
     bytes_sent: int = 0
     unreached: list[str] = field(default_factory=list)
     shared: list[str] = field(default_factory=list)
+    seen_twice: list[str] = field(default_factory=list)
+    tops: dict[str, TopSVD] = field(default_factory=dict)
     moments: dict[str, LayerMoments] = field(default_factory=dict)
     first_batch: Any = None
     first_items: float = 0.0

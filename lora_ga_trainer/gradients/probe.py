@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,12 +18,14 @@ from ..config import LoRAGAConfig
 from ..engines.support import probed_module
 from .accumulator import forget_shared_matrices
 from .borrow import borrowed
-from .collector import POISON_ADVICE, Collector
+from .collector import Collector
 from .counting import Counts
 from .estimate import GradientEstimate, NonFiniteGradient, require_reached
 from .failing import failing_together
 from .order import probe_order
-from .samples import MicroBatch, count_items, mean_loss, micro_batches
+from .passes import collect_loss, weighed_loss
+from .samples import MicroBatch, micro_batches
+from .second_look import find_short, look_again
 from .sharing import WeightUses, name_shared
 from .sketch import turning_points
 from .streams import require_rewindable
@@ -68,9 +69,13 @@ def estimate_gradients(
     uses (it is tied to an embedding, or handed to a function), the gradient of a full fine-tuning would add theirs.
     The estimate and a warning name such layers.
 
+    A layer of which the sketch has kept less than `config.min_energy_kept` is seen in a second pass over the same
+    samples, see `lora_ga_trainer.gradients.second_look`; the estimate names it in `seen_twice`.
+
     Args:
         trainer: a trainer whose model is prepared (any time after `on_train_begin`).
-        config: `num_samples`, `estimator`, `sketch_size`, `probe_order`, `probe_seed` and `allow_unreached` are read.
+        config: `num_samples`, `estimator`, `sketch_size`, `min_energy_kept`, `probe_order`, `probe_seed` and
+            `allow_unreached` are read.
         layers: the layers to look at; default all that the model's active adapter trains.
         probe_dataset: examples to use instead of the trainer's `train_dataset`.
         skip: examples at the beginning of that order to pass over, in whole micro-batches. With the `samples` of an
@@ -86,17 +91,30 @@ def estimate_gradients(
         layers = find_adapted_layers(trainer.accelerator.unwrap_model(trainer.model))
     scales = FP16_LOSS_SCALES if _uses_fp16(trainer, layers) else (1.0,)
     for scale in scales:
-        with borrowed(trainer, model, probe_dataset):
-            require_rewindable(trainer)
-            try:
-                with probe_order(trainer, config):
-                    return _Probe(trainer, model, config, layers, scale, skip).run()
-            except NonFiniteGradient:
-                if scale == scales[-1]:
-                    raise
-            finally:
-                forget_shared_matrices()
+        try:
+            with _lent(trainer, model, config, probe_dataset):
+                estimate = _Probe(trainer, model, config, layers, scale, skip).run()
+            short = find_short(trainer, config, layers, estimate)
+            if short:
+                # Lent anew: everything is as it was before the first pass, so the second one reads the same samples.
+                with _lent(trainer, model, config, probe_dataset):
+                    look_again(trainer, model, config, short, estimate, scale, skip)
+            return estimate
+        except NonFiniteGradient:
+            if scale == scales[-1]:
+                raise
+        finally:
+            forget_shared_matrices()
     raise AssertionError("unreachable")
+
+
+@contextmanager
+def _lent(trainer: Trainer, model: nn.Module, config: LoRAGAConfig, probe_dataset: Dataset | None) -> Iterator[None]:
+    """Lend the trainer to one pass over the samples of the probe."""
+    with borrowed(trainer, model, probe_dataset):
+        require_rewindable(trainer)
+        with probe_order(trainer, config):
+            yield
 
 
 class _Probe:
@@ -163,20 +181,12 @@ class _Probe:
 
     def _step(self, number: int, micro_batch: MicroBatch) -> None:
         loss, weight = self._loss(number, micro_batch)
-        # A batch that does not count runs all the same: sharded models need every process in every pass.
-        self.collector.collect(loss, weight, micro_batch.share, number)
-        self.counts.add(micro_batch, weight, loss.item())
+        collect_loss(self.collector, self.counts, loss, weight, micro_batch, number)
 
     def _loss(self, number: int, micro_batch: MicroBatch) -> tuple[Tensor, float]:
-        """Return the mean loss of a micro-batch, and the number of its items that count."""
-        items = count_items(self.trainer, micro_batch)
         # Every micro-batch uses the weights alike, and watching takes time.
         with self.uses.watched() if number == 0 else nullcontext():
-            loss = mean_loss(self.trainer, self.model, micro_batch.batch, items)
-        weight = items * micro_batch.share
-        if weight > 0 and not math.isfinite(loss.item()):
-            raise NonFiniteGradient(f"Probe batch {number}: the loss is {loss.item()}. {POISON_ADVICE}")
-        return loss, weight
+            return weighed_loss(self.trainer, self.model, micro_batch, number)
 
     def _result(self, unreached: list[str], seconds: float) -> GradientEstimate:
         counts = self.counts

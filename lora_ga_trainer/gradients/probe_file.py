@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from torch.utils.data import Dataset
     from transformers import Trainer
 
-_FORMAT = "4"
+_FORMAT = "5"
 _FIGURES = ("samples", "items", "tokens", "loss", "seconds", "bytes_sent")
 
 
@@ -54,6 +54,7 @@ def save_estimate(
         "figures": json.dumps({name: getattr(estimate, name) for name in _FIGURES}),
         "unreached": json.dumps(estimate.unreached),
         "shared": json.dumps(estimate.shared),
+        "seen_twice": json.dumps(estimate.seen_twice),
         "holds": json.dumps(
             ["singular_pairs", *sorted({kind for m in estimate.moments.values() for kind in m.holds})]
         ),
@@ -109,13 +110,14 @@ def load_estimate(
             )
     with _damage_named(config):
         figures = _parse_figures(metadata)
-        unreached, shared = (_parse_names(metadata, key, layers) for key in ("unreached", "shared"))
+        names = {key: _parse_names(metadata, key, layers) for key in ("unreached", "shared", "seen_twice")}
         accumulators, moments = read_tensors(path, layers)
-    require_reached(unreached, layers, config, f"probe_file={config.probe_file!r}")
+    require_reached(names["unreached"], layers, config, f"probe_file={config.probe_file!r}")
     _require_directions(config, layers, accumulators)
     _require_moments(config, layers, moments)
-    name_shared(shared)
-    return GradientEstimate(estimators=accumulators, moments=moments, unreached=unreached, shared=shared, **figures)
+    name_shared(names["shared"])
+    seen: dict[str, Any] = {**names, **figures}
+    return GradientEstimate(estimators=accumulators, moments=moments, **seen)
 
 
 @contextmanager
@@ -217,6 +219,8 @@ def _fingerprints(
     config: LoRAGAConfig, model: nn.Module, layers: Sequence[AdaptedLayer], dataset: Any
 ) -> dict[str, str]:
     settings = {"num_samples": config.num_samples, "estimator": config.estimator, "sketch_size": config.sketch_size}
+    if config.estimator == "sketch":
+        settings["min_energy_kept"] = config.min_energy_kept
     settings["probe_order"] = config.probe_order
     if config.probe_order == "random":
         settings["probe_seed"] = config.probe_seed

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..adapters.layer import AdaptedLayer
 from ..engines.devices import to_fp64
-from ..maths.recovery import HELD_OUT
+from ..maths.fidelity import HELD_OUT
 from ..saving.json_file import short
 from .accumulator import DTYPES, Accumulator, ExactGradient
 from .moments import LayerMoments

@@ -32,7 +32,7 @@ have moved them; `recipes/benchmarks/fidelity.py` measures both.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -40,8 +40,9 @@ from torch import Tensor
 
 from ..config import LoRAGAConfig
 from ..engines.devices import to_fp32, to_fp64
+from ..maths.fidelity import HELD_OUT
 from ..maths.inits import INITS
-from ..maths.recovery import HELD_OUT, TopSVD, merge, recover
+from ..maths.recovery import TopSVD, merge, recover
 from .accumulator import Accumulator, ExactGradient, add_product, cast, gaussian, stack, to_one_dtype
 from .rows import OneHot
 
@@ -50,6 +51,7 @@ _STACKED_BYTES = 2**26  # that the work on one stack may take, a single layer mo
 # Bytes of work for every number of an accumulator: fp32 copies and bases of twice the width; fp64 ones.
 _TO_TURN, _TO_RECOVER = 16, 48
 Item = TypeVar("Item")
+Triplets = tuple[Tensor, Tensor, Tensor]  # U (out, k), S (k,), V (in, k)
 # Shares of the samples after which the test matrices are made anew from what was seen.
 _TURNING_POINTS = (1 / 16, 1 / 4, 1 / 2)
 
@@ -211,10 +213,25 @@ def turn(sketches: Sequence[SketchedGradient]) -> None:
         # A process that had no sample for a layer gets its dtype from the others and has not rounded the matrices yet.
         for sketch in some:
             sketch.compute_in(sketch.dtype)
-        Omega, Psi, S = (stack([to_fp32(sketch.known()[i]) for sketch in some]) for i in range(3))
-        Y, Z = (stack([to_fp32(sketch.since_last_turn()[i]) for sketch in some]) for i in range(2))
-        for sketch, *triplets in zip(some, *merge(Omega, Psi, S, Y, Z), strict=True):
+        for sketch, triplets in zip(some, _merged(some, 1), strict=True):
             sketch.start_anew(*triplets)
+
+
+def strongest(sketches: Sequence[SketchedGradient], times: int) -> list[Triplets]:
+    """Return the `times * k` strongest triplets that each of `sketches` tells of; `times` is 1 or 2."""
+    found: dict[int, Triplets] = {}
+    for numbers in _stacks(
+        range(len(sketches)), sketches.__getitem__, lambda number: sketches[number].dtype, _TO_TURN
+    ):
+        found.update(zip(numbers, _merged([sketches[number] for number in numbers], times), strict=True))
+    return [found[number] for number in range(len(sketches))]
+
+
+def _merged(some: Sequence[SketchedGradient], times: int) -> list[Triplets]:
+    """Return the `times * k` strongest triplets of sketches of one shape and dtype."""
+    Omega, Psi, S = (stack([to_fp32(sketch.known()[i]) for sketch in some]) for i in range(3))
+    Y, Z = (stack([to_fp32(sketch.since_last_turn()[i]) for sketch in some]) for i in range(2))
+    return list(zip(*merge(Omega, Psi, S, Y, Z, times * some[0].k), strict=True))
 
 
 def top_svds(accumulators: Mapping[str, Accumulator], wanted: Mapping[str, int]) -> dict[str, TopSVD]:
@@ -227,7 +244,7 @@ def top_svds(accumulators: Mapping[str, Accumulator], wanted: Mapping[str, int])
 
 
 def _stacks(
-    items: Sequence[Item], of: Callable[[Item], Accumulator], kind: Callable[[Item], Hashable], work: int
+    items: Iterable[Item], of: Callable[[Item], Accumulator], kind: Callable[[Item], Hashable], work: int
 ) -> Iterator[list[Item]]:
     """
     Group items whose accumulators are of one shape, device and `kind`; `work` bytes a number limit a group.

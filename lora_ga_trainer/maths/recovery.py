@@ -6,18 +6,19 @@ Leading dimensions are a batch of matrices of one shape.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .fidelity import HELD_OUT, NOISE, Measured, measure
 
-# Singular values below this times the first hold 1e-8 of the energy: rounding, in fp32 sums and bf16 products alike.
-_NOISE = 1e-4
+
 # Eigenvalues of a covariance below this times the first are rounding of fp32 sums.
 _COVARIANCE_NOISE = 1e-6
-# Gaussian columns beside the bases: held out of the recovery, they measure what it misses.
-HELD_OUT = 16
+# Gaussian columns are as long as they have entries; found directions have length 1, or nearly so in bf16.
+_LONGEST_DIRECTION = 2.0
 
 
 class TopSVD(NamedTuple):
@@ -27,14 +28,18 @@ class TopSVD(NamedTuple):
     Args:
         U (out, k), S (k,), Vt (k, in): fp32, `S` descending.
         total: `||G||^2`, estimated where the estimator is a sketch.
-        kept: energy that the k directions hold, relative to the best k; the smaller of the two sides, 1 if exact.
+        measured: what held-out columns tell of a sketch; `None` where `G` is known.
     """
 
     U: Tensor
     S: Tensor
     Vt: Tensor
     total: float
-    kept: float
+    measured: Measured | None = None
+
+    def kept(self, low: int, high: int) -> float:
+        """Return the energy of directions `low` to `high`, relative to the best of these ranks; 1 where exact."""
+        return 1.0 if self.measured is None else self.measured.kept(self.S, low, high)
 
     def share(self, r: int) -> float:
         """Return the share of `||G||^2` that the top r directions hold."""
@@ -47,9 +52,10 @@ def merge(
     S: Tensor,  # (..., k)
     Y: Tensor,  # (..., out, k) = G Omega
     Z: Tensor,  # (..., in, k) = G^T Psi
-) -> tuple[Tensor, Tensor, Tensor]:  # U (..., out, k), S (..., k), V (..., in, k)
+    count: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # U (..., out, count), S (..., count), V (..., in, count)
     """
-    Find the `k` strongest singular triplets of `Psi diag(S) Omega^T + G`, of a `G` that only its sketches tell of.
+    Find the strongest singular triplets of `Psi diag(S) Omega^T + G`, of a `G` that only its sketches tell of.
 
     The bases are orthonormal. They begin with the spans of `Omega` and `Psi` and go on with those of `Z` and `Y`. In
     them the sketches are the blocks `a, b, c` of `G = [[a, b], [c, d]]`. No sketch has seen the block `d`. It is
@@ -59,8 +65,10 @@ def merge(
     Args:
         Omega, Psi: test matrices of full rank.
         S: what is known already, `Psi diag(S) Omega^T`.
+        count: of triplets, at most 2k; default k.
     """
     k = Omega.shape[-1]
+    count = k if count is None else count
     # Divided by the largest number: squares of tiny or huge gradients would leave fp32.
     scale = largest(Y, Z, S[..., None])
     Q, of_Y = torch.linalg.qr(torch.cat([Psi, Y / scale], dim=-1))  # (..., out, q), (..., q, 2k)
@@ -76,7 +84,7 @@ def merge(
     known = R_Psi @ (S[..., None] / scale * R_Omega.mT)
     core = torch.cat([torch.cat([a + known, b], dim=-1), torch.cat([c, d], dim=-1)], dim=-2)
     U, S, Vt = torch.linalg.svd(core)
-    return Q @ U[..., :k], S[..., :k] * scale[..., 0], P @ Vt[..., :k, :].mT
+    return Q @ U[..., :count], S[..., :count] * scale[..., 0], P @ Vt[..., :count, :].mT
 
 
 def _stronger_half_inverse(
@@ -86,7 +94,7 @@ def _stronger_half_inverse(
     m = (a.shape[-1] + 1) // 2
     U, S, Vt = torch.linalg.svd(a)
     U, S, V = U[..., :m], S[..., :m], Vt[..., :m, :].mT
-    signal = torch.gt(S, _NOISE * S[..., :1])
+    signal = torch.gt(S, NOISE * S[..., :1])
     return V @ (torch.where(signal, 1 / torch.where(signal, S, 1.0), 0.0)[..., None] * U.mT)
 
 
@@ -102,21 +110,23 @@ def recover(
     t = Omega.shape[-1] - HELD_OUT
     (Omega, w), (Psi, z) = Omega.split([t, HELD_OUT], dim=-1), Psi.split([t, HELD_OUT], dim=-1)
     (Y, Gw), (Z, Gz) = Y.split([t, HELD_OUT], dim=-1), Z.split([t, HELD_OUT], dim=-1)
+    # Only where all samples were seen with directions that were found before, nothing is known beside the products.
+    settled = torch.logical_and(
+        torch.logical_not(S.any(dim=-1)), Omega.square().sum(dim=-2).mean(dim=-1) < _LONGEST_DIRECTION
+    )
     U, S, V = merge(Omega, Psi, S, Y, Z)
     scale = largest(S[..., None])
     S, Gw, Gz = S / scale[..., 0], Gw / scale, Gz / scale
     S, order = _without_overshoot(S, (U.mT @ Gw, V.mT @ w), (V.mT @ Gz, U.mT @ z)).sort(descending=True, stable=True)
-    first = order[..., None, :k]  # a value that shrank may now rank lower
-    U, S, V = U.take_along_dim(first, dim=-1), S[..., :k], V.take_along_dim(first, dim=-1)
-    # The columns that the recovery never saw measure what it missed: || M w ||^2 / 16 estimates || M ||^2.
+    # A value that shrank may now rank lower.
+    U, V = (basis.take_along_dim(order[..., None, :], dim=-1) for basis in (U, V))
+    # || M w ||^2 / 16 estimates || M ||^2.
     energy = lambda M: M.square().sum(dim=(-2, -1)) / HELD_OUT
-    SVw, SUz = S[..., None] * (V.mT @ w), S[..., None] * (U.mT @ z)
-    held = S.square().sum(dim=-1)
-    # What the found directions hold is the energy of the triplets and of what `G` has beside them in the same span.
-    of_u, of_v = held + energy(U.mT @ Gw - SVw), held + energy(V.mT @ Gz - SUz)  # || U^T G ||^2, || G V ||^2
-    kept = torch.where(held > 0, torch.minimum(of_u, of_v) / (of_u + of_v - held), 1.0)
-    total = (held + (energy(Gw - U @ SVw) + energy(Gz - V @ SUz)) / 2) * scale[..., 0, 0] ** 2
-    return _of_each(U, S * scale[..., 0], V.mT, total, kept)
+    missed = energy(Gw - U @ (S[..., None] * (V.mT @ w))) + energy(Gz - V @ (S[..., None] * (U.mT @ z)))
+    total = (S.square().sum(dim=-1) + missed / 2) * scale[..., 0, 0] ** 2
+    measured = measure((U, S, V), (w, Gw), (z, Gz), (Omega, Psi), settled, k)
+    measured = [part.times(unit**2) for part, unit in zip(measured, scale[..., 0, 0].tolist(), strict=True)]
+    return _of_each(U[..., :k], S[..., :k] * scale[..., 0], V[..., :k].mT, total, measured)
 
 
 def _without_overshoot(
@@ -132,7 +142,7 @@ def _without_overshoot(
     """
     products = sum(((of_G * of_S).sum(dim=-1) for of_G, of_S in seen), start=torch.zeros_like(S))
     fitted = products / sum((of_S.square().sum(dim=-1) for _, of_S in seen), start=torch.zeros_like(S))
-    return torch.where(fitted < S / 2, torch.maximum(fitted, _NOISE * S), S)
+    return torch.where(fitted < S / 2, torch.maximum(fitted, NOISE * S), S)
 
 
 def leading_directions(
@@ -186,13 +196,13 @@ def top_svd(
         U = Q @ U
     else:
         U, S, Vt = torch.linalg.svd(G, full_matrices=False)
-    return _of_each(U[..., :k], S[..., :k] * scale[..., 0], Vt[..., :k, :], total, torch.ones_like(total))
+    return _of_each(U[..., :k], S[..., :k] * scale[..., 0], Vt[..., :k, :], total, [None] * len(total))
 
 
-def _of_each(U: Tensor, S: Tensor, Vt: Tensor, total: Tensor, kept: Tensor) -> list[TopSVD]:
+def _of_each(U: Tensor, S: Tensor, Vt: Tensor, total: Tensor, measured: Sequence[Measured | None]) -> list[TopSVD]:
     """Take the results of a stack apart."""
     triplets = zip(U.float(), S.float(), Vt.float(), strict=True)
-    return [TopSVD(*three, *two) for three, *two in zip(triplets, total.tolist(), kept.tolist(), strict=True)]
+    return [TopSVD(*three, *two) for three, *two in zip(triplets, total.tolist(), measured, strict=True)]
 
 
 def largest(

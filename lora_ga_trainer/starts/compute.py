@@ -15,6 +15,7 @@ from ..adapters.parameter import AdaptedExperts
 from ..config import LoRAGAConfig
 from ..engines.collectives import share_from_owners
 from ..gradients.estimate import GradientEstimate
+from ..gradients.second_look import directions_of, energy_kept, owners_of
 from ..gradients.sketch import top_svds
 from ..maths.factors import random_rows
 from ..maths.inits import INITS, LayerGradient
@@ -57,7 +58,7 @@ def compute_starts(
         `ValueError`: naming a layer whose gradient is beyond fp32.
     """
     rank, size = trainer.accelerator.process_index, trainer.accelerator.num_processes
-    owners = {layer.name: number % size for number, layer in enumerate(layers)}
+    owners = owners_of(trainer, layers)
     starter = _Starter(config, estimate, layers, [layer for layer in layers if owners[layer.name] == rank])
     mine: dict[str, tuple[Factors | None, LayerReport]] = {}
     for layer in layers:
@@ -106,11 +107,10 @@ class _Starter:
         # Seeds go by the position of a weight among all, never by hash(), which differs between processes.
         names = [name for layer in layers for name in layer.matrices]
         self.seeds = {name: config.probe_seed * 1_000_003 + number for number, name in enumerate(names)}
-        wanted = {name: self._directions(layer) for layer in owned for name in layer.matrices}
-        self.tops = top_svds(estimate.estimators, wanted)
-
-    def _directions(self, layer: AdaptedLayer) -> int:
-        return min(self.init.pairs * layer.rank, *layer.shape)
+        wanted = {name: directions_of(config, layer) for layer in owned for name in layer.matrices}
+        self.tops = {name: top for name, top in estimate.tops.items() if len(top.S) == wanted.get(name)}
+        missing = {name: count for name, count in wanted.items() if name not in self.tops}
+        self.tops |= top_svds(estimate.estimators, missing)
 
     def start(
         self,
@@ -171,6 +171,7 @@ class _Starter:
 
     def _report(self, layer: AdaptedLayer, name: str, action: Action, scale: float) -> LayerReport:
         r, top = layer.rank, self.tops[name]
+        kept = energy_kept(top, r)
         return LayerReport(
             name=name,
             shape=layer.shape,
@@ -179,10 +180,13 @@ class _Starter:
             singular_values=top.S.tolist(),
             energy_share_r=top.share(r),
             energy_share_2r=top.share(2 * r) if self.init.pairs == 2 else None,
-            energy_kept=top.kept,
+            energy_kept=min(kept),
+            energy_kept_r=kept[0],
+            energy_kept_next_r=kept[1] if len(kept) == 2 else None,
             sketched=self.estimate.estimators[name].sketched,
             action=action,
             shares_weight=layer.name in self.estimate.shared,
+            seen_twice=layer.name in self.estimate.seen_twice,
         )
 
     def _generator(self, name: str) -> torch.Generator:

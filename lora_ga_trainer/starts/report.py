@@ -40,7 +40,7 @@ class LayerReport:
     One adapted layer, or all experts of a fused one.
 
     For experts `singular_values` are root mean squares and the energy shares those of all gradients together, over the
-    experts that were started; `energy_kept` and `scale` are the smallest and the largest of theirs.
+    experts that were started; what `energy_kept` begins with is the smallest of theirs, `scale` the largest.
 
     Args:
         name: inside the base model.
@@ -51,8 +51,7 @@ class LayerReport:
             `min(2r, out, in)`. None of a layer that was frozen.
         energy_share_r: share of `||G||^2` that the top r directions hold.
         energy_share_2r: share of `||G||^2` that the top 2r directions hold; `None` for an init that uses r only.
-        energy_kept: what the estimated directions hold of the energy that the best ones hold, as the estimator
-            itself judges it; 1 for an exact one.
+        energy_kept: the smaller one of `energy_kept_r` and `energy_kept_next_r`.
         sketched: whether the estimator was a sketch.
         action: what was done.
         experts: weights of this shape that share the layer; 1 in a linear layer.
@@ -60,6 +59,11 @@ class LayerReport:
             reached them.
         shares_weight: whether the weight has other uses in the model (it is tied to another module, or handed to a
             function). The adapter and the start are about the use by this layer alone.
+        energy_kept_r: what the estimated directions 1 to r hold of the energy that the best r hold, on the worse side
+            of the weight, as the estimator itself judges it; 1 for an exact one.
+        energy_kept_next_r: the same of directions r + 1 to 2r; `None` for an init that uses r only.
+        seen_twice: whether the layer had kept less than `min_energy_kept` and was seen in a second pass. What the
+            report says of it is what it keeps since.
     """
 
     name: str
@@ -75,6 +79,9 @@ class LayerReport:
     experts: int = 1
     experts_plain: int = 0
     shares_weight: bool = False
+    energy_kept_r: float = 1.0
+    energy_kept_next_r: float | None = None
+    seen_twice: bool = False
 
     @property
     def energy_share(self) -> float:
@@ -100,6 +107,10 @@ def report_experts(name: str, reports: Sequence[LayerReport]) -> LayerReport:
         energy_share_r=sum(sum(energy[:rank]) for energy in energies) / sum(totals),
         energy_share_2r=None if started[0].energy_share_2r is None else sum(map(sum, energies)) / sum(totals),
         energy_kept=min(report.energy_kept for report in started),
+        energy_kept_r=min(report.energy_kept_r for report in started),
+        energy_kept_next_r=min(
+            (report.energy_kept_next_r for report in started if report.energy_kept_next_r is not None), default=None
+        ),
         experts=len(reports),
         experts_plain=plain,
     )
@@ -153,6 +164,7 @@ class GradientReport(DrawnReport):
             "energy_share_r": _mean([layer.energy_share_r for layer in started]),
             "energy_share_2r": _mean(shares_2r),
             "energy_kept_min": min((layer.energy_kept for layer in started), default=None),
+            "layers_seen_twice": sum(layer.seen_twice for layer in self.layers),
         }
         fused = [layer for layer in self.layers if layer.experts > 1 and layer.action is not Action.FROZEN]
         if fused:
@@ -173,20 +185,24 @@ class GradientReport(DrawnReport):
                 f"; the top r directions hold {m['lora_ga/energy_share_r']:.0%} of the gradient's energy{top_2r} (at "
                 f"least {m['lora_ga/energy_kept_min']:.1%} of that found)"
             )
+        twice = f", {m['lora_ga/layers_seen_twice']} of them seen twice" if m["lora_ga/layers_seen_twice"] else ""
         loss = "" if self.loss_before is None else f"; loss {self.loss_before:.4f} -> {self.loss_after:.4f}"
         return (
-            f"{self.init}: {m['lora_ga/layers_initialised']} layers initialised{plain} from {self.samples} samples "
-            f"({self.tokens} tokens) in {self.seconds:.1f} s with {self.probe_bytes / 2**20:.1f} MiB{share}{loss}"
+            f"{self.init}: {m['lora_ga/layers_initialised']} layers initialised{plain}{twice} from "
+            f"{self.samples} samples ({self.tokens} tokens) in {self.seconds:.1f} s "
+            f"with {self.probe_bytes / 2**20:.1f} MiB{share}{loss}"
         )
 
     def _draw(self, axes: Axes) -> None:
-        """Draw the energy share of the top r and 2r directions by layer and module kind."""
+        """Draw the energy share of the top r and 2r directions by layer and module kind; rings: seen twice."""
         seen = [layer for layer in self.layers if layer.action is not Action.FROZEN]
         used_2r = any(layer.energy_share_2r is not None for layer in seen)
         lines = "top 2r directions (solid), top r (dotted)" if used_2r else "top r directions"
         for i, (kind, layers) in enumerate(by_kind(seen).items()):
             depth, colour = range(len(layers)), f"C{i % 10}"
             axes.plot(depth, [layer.energy_share for layer in layers], "-o", ms=3, color=colour, label=kind)
+            twice = [(place, layer.energy_share) for place, layer in enumerate(layers) if layer.seen_twice]
+            axes.plot(*zip(*twice or [(0, math.nan)], strict=True), "o", ms=7, mfc="none", color=colour)
             if used_2r:
                 axes.plot(depth, [layer.energy_share_r for layer in layers], ":", color=colour)
         axes.set(

@@ -165,7 +165,7 @@ def measure(model: nn.Module, batches: list[Batch], ranks: list[int]) -> dict[st
                 estimator = estimates[r][n].estimators[name]
                 if estimator.sketched:
                     top = estimator.svd(2 * r)
-                    row |= compare_sketch(G, top.U, top.Vt, r) | {"kept_says": top.kept}
+                    row |= compare_sketch(G, top.U, top.Vt, r) | {"kept_says": top.kept(0, 2 * r)}
                 row["transfer"] = energy(of_all, U[:, : 2 * r], Vt[: 2 * r]) / best[: 2 * r].sum().item()
                 found[name].append(row)
     return found

@@ -1,0 +1,141 @@
+"""A layer whose sketch kept too little is seen again: over the same samples, it alone, and nobody else notices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from spy import Spy
+from torch import Tensor
+from transformers import Trainer
+
+from lora_ga_trainer import LoRAGAConfig, estimate_gradients
+from lora_ga_trainer.gradients import second_look
+from lora_ga_trainer.gradients.accumulator import ExactGradient
+from lora_ga_trainer.gradients.sketch import SketchedGradient, turn
+from lora_ga_trainer.maths.recovery import recover
+
+
+def made(shape: tuple[int, int], S: Tensor, seed: int = 0) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """Return a gradient with the singular values `S`, and 16 micro-batches that add up to it."""
+    generator = torch.Generator().manual_seed(seed)
+    U, V, mix = (torch.linalg.qr(torch.randn(n, len(S), generator=generator)).Q for n in (*shape, 1024))
+    dy, x = (mix * S) @ U.T, mix @ V.T
+    return (U * S) @ V.T, list(zip(x.chunk(16), dy.chunk(16), strict=True))
+
+
+def true_share(G: Tensor, U: Tensor, Vt: Tensor, low: int, high: int) -> float:
+    best = torch.linalg.svdvals(G)[low:high].square().sum()
+    held = (U[:, low:high].T @ G).square().sum(), (G @ Vt[low:high].T).square().sum()
+    return (min(held) / best).item()
+
+
+@pytest.mark.parametrize(("power", "room"), [(0.35, 0.04), (0.5, 0.04), (1.0, 0.02), (2.0, 0.01)])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_estimate_is_the_truth_of_both_halves(power: float, room: float, seed: int) -> None:
+    shape, r = (448, 384), 4
+    G, data = made(shape, torch.arange(1.0, 385) ** -power, seed)
+    sketch = SketchedGradient(shape, 8 * r, seed)
+    for number, (x, dy) in enumerate(data):
+        if number in (1, 4, 8):
+            turn([sketch])
+        sketch.add(x, dy, 1.0)
+    top = sketch.svd(2 * r)
+    for low, high in ((0, r), (r, 2 * r)):
+        assert top.kept(low, high) == pytest.approx(true_share(G, top.U, top.Vt, low, high), abs=room)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_flat_spectrum_is_not_flattered(seed: int) -> None:
+    """An estimate that trusts what the sketch says of itself would be above by .3."""
+    shape, r = (448, 384), 4
+    generator = torch.Generator().manual_seed(seed)
+    data = [[torch.randn(64, n, generator=generator) for n in reversed(shape)] for _ in range(64)]
+    sketch = SketchedGradient(shape, 8 * r, seed)
+    for number, (x, dy) in enumerate(data):
+        if number in (4, 16, 32):
+            turn([sketch])
+        sketch.add(x, dy, 1.0)
+    top, G = sketch.svd(2 * r), sum(dy.T @ x for x, dy in data)
+    assert top.kept(0, 2 * r) < true_share(G, top.U, top.Vt, 0, 2 * r) + 0.1 < 0.7
+
+
+def make(folder: Any) -> Trainer:
+    args = tiny.arguments(folder)
+    trainer = Trainer(tiny.with_lora(tiny.llama(hidden_size=64), r=1), args, train_dataset=tiny.causal_rows(24))
+    trainer.model_wrapped = trainer.accelerator.prepare_model(trainer.model)
+    return trainer
+
+
+def probed(folder: Any, **config: Any) -> tuple[Any, int]:
+    """Return the estimate, and how many samples passed through the model."""
+    trainer, passed = make(folder), [0]
+    compute, before = trainer.compute_loss, Spy(trainer)
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        passed[0] += len(args[1]["input_ids"])
+        return compute(*args, **kwargs)
+
+    trainer.compute_loss = counted
+    estimate = estimate_gradients(trainer, LoRAGAConfig(num_samples=16, **config))
+    before.assert_same(Spy(trainer))
+    return estimate, passed[0]
+
+
+@pytest.mark.parametrize("wide", [True, False])
+def test_failing_layers_are_seen_whole_with_their_own_directions(wide: bool, tmp_path: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(second_look, "is_sketched", lambda shape, k: wide)
+    exact, _ = probed(tmp_path, estimator="exact")
+    first, alone = probed(tmp_path, sketch_size=2, min_energy_kept=None)
+    again, both = probed(tmp_path, sketch_size=2)
+    assert not first.seen_twice
+    assert again.seen_twice
+    assert both == 2 * alone, "one more pass, for all of them"
+    assert (again.samples, again.items, again.loss) == (exact.samples, exact.items, exact.loss)
+    for name, found in again.estimators.items():
+        G, state = exact.estimators[name].G, found.state()
+        if name not in again.seen_twice:
+            for key, value in first.estimators[name].state().items():
+                assert torch.equal(value, state[key]), name
+        elif wide:
+            assert found.directions == 4
+            assert not state["S"].any()
+            torch.testing.assert_close(state["Y"], G @ state["Omega"], rtol=1e-4, atol=1e-6 * G.norm().item())
+            torch.testing.assert_close(state["Z"], G.T @ state["Psi"], rtol=1e-4, atol=1e-6 * G.norm().item())
+            assert not torch.equal(state["Omega"][:, 4:], first.estimators[name].Omega[:, 2:])
+        else:
+            assert isinstance(found, ExactGradient)
+            torch.testing.assert_close(found.G, G, rtol=1e-4, atol=1e-7 * G.norm().item())
+
+
+def test_without_need_of_it_there_is_no_second_pass(tmp_path: Any) -> None:
+    estimate, passed = probed(tmp_path, sketch_size=2, min_energy_kept=1e-6)
+    assert passed == probed(tmp_path, sketch_size=2, min_energy_kept=None)[1]
+    assert not estimate.seen_twice
+    assert estimate.tops, "the triplets that were looked at are kept for the start"
+
+
+def test_a_second_look_is_nearer_to_the_best_directions() -> None:
+    shape, r = (448, 384), 4
+    G, _ = made(shape, torch.arange(1.0, 385) ** -0.35)
+    generator = torch.Generator().manual_seed(3)
+    U = torch.linalg.qr(G @ G.T @ torch.randn(448, 64, generator=generator)).Q
+    V = torch.linalg.qr(G.T @ U).Q
+    w, z = torch.randn(384, 16, generator=generator), torch.randn(448, 16, generator=generator)
+    Omega, Psi = torch.cat([V, w], 1), torch.cat([U, z], 1)
+    parts = [part[None].double() for part in (Omega, Psi, torch.zeros(64), G @ Omega, G.T @ Psi)]
+    (top,) = recover(*parts, 2 * r)
+    assert top.measured is not None
+    assert top.measured.settled
+    for low, high in ((0, r), (r, 2 * r)):
+        true = true_share(G, top.U, top.Vt, low, high)
+        assert true > 0.95
+        assert top.kept(low, high) == pytest.approx(true, abs=0.03)
+
+
+@pytest.mark.parametrize("value", [0, 1.5, -0.1, "0.9", True])
+def test_a_share_that_cannot_be_is_refused(value: Any) -> None:
+    with pytest.raises(ValueError, match="min_energy_kept"):
+        LoRAGAConfig(min_energy_kept=value)
