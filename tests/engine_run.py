@@ -345,7 +345,9 @@ def kinds_part(engine: str, folder: Path, part: str) -> dict[str, Any]:
         torch.manual_seed(11)
         model = get_peft_model(Picture(), LoraConfig(r=2, lora_alpha=4, target_modules=KINDS[part]))
         kept = folder / f"{engine}-{part}-{estimator}.safetensors"
-        config = LoRAGAConfig(num_samples=16, estimator=estimator, sketch_size=8, probe_file=str(kept))
+        config = LoRAGAConfig(
+            num_samples=16, estimator=estimator, sketch_size=8, probe_file=str(kept), min_energy_kept=None
+        )
         trainer = LoRAGATrainer(model, args, train_dataset=rows, lora_ga_config=config)
         trainer.train()
         layers = trainer.lora_ga_report.layers
@@ -384,7 +386,15 @@ def ranks_part(engine: str, folder: Path) -> dict[str, Any]:
     }
 
 
+def second_look_part(engine: str, folder: Path) -> dict[str, Any]:
+    """Look again at every sketched layer."""
+    place = str(folder / f"{engine}-second.safetensors")
+    config = {"estimator": "sketch", "sketch_size": 8, "min_energy_kept": 1.0, "probe_file": place}
+    return trained(engine, folder, "second", config, rows=tiny.causal_rows(40), max_steps=1)
+
+
 PARTS = {
+    "second": second_look_part,
     "ranks": ranks_part,
     "bare": bare_part,
     "main": main_part,

@@ -34,6 +34,7 @@ from engine_run import (
     main_part,
     moments_part,
     ranks_part,
+    trained,
 )
 from optional import require
 from peft import PeftModel
@@ -293,6 +294,24 @@ def test_convolutions_and_attention_start_and_train_as_on_one_process(kind: str,
         base = {name.replace("base_layer.", ""): value for name, value in ours[estimator]["base"].items()}
         for name, value in Picture().named_parameters():
             assert torch.equal(base[f"base_model.model.{name}"], value), name
+
+
+@pytest.mark.parametrize("kind", ["ddp", pytest.param("zero3", marks=pytest.mark.slow)])
+def test_a_second_look_sees_the_gradient_of_all_processes(kind: str, folder: Path) -> None:
+    """So narrow a layer is kept whole in the second pass, which shows the exact gradient of the same samples."""
+    ended = launch(kind, "second", folder)
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    ours, other = (torch.load(folder / kind / f"second-{rank}.pt", weights_only=False) for rank in range(2))
+    for name, value in ours["end"].items():
+        assert torch.equal(value, other["end"][name]), name
+    exact = {"estimator": "exact", "probe_file": str(folder / f"{kind}-twin.safetensors")}
+    trained("single", folder, "twin", exact, rows=tiny.causal_rows(40), max_steps=1)
+    state, one = (load_file(folder / f"{kind}-{name}.safetensors") for name in ("second", "twin"))
+    again = [key for key in state if key.endswith("|G")]
+    assert len(again) == len([key for key in one if key.endswith("|G")])
+    for key in again:
+        G = one[key].double()
+        assert (state[key].double() - G).norm() <= 1e-6 * G.norm(), key
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ gradient is that of autograd, a sketch that of a probe of its own. For each numb
 
 * `kept`: energy of the top 2r, of the first r (`A`'s) and of the next r directions (`B`'s) that the default sketch
   keeps, against the exact gradient of the same samples, the worse of the two sides. "exact" where no sketch is made.
+  With `--min_energy_kept` layers that by the sketch's own estimate keep less are seen twice, as a trainer does at .9.
 * `halves`: overlap of the top r right (and left) subspaces of the even and the odd samples, 1 if they are the same.
 * `transfer`: energy of the gradient of *all* samples in the top 2r directions found with the first `n`, relative to
   the best 2r: what another sample would have cost.
@@ -106,7 +107,7 @@ def exact_gradients(
 
 
 def sketched_gradients(
-    model: nn.Module, batches: list[Batch], counts: list[int], r: int
+    model: nn.Module, batches: list[Batch], counts: list[int], r: int, least: float | None = None
 ) -> dict[int, GradientEstimate]:
     """Return what a probe of adapters of rank `r` learns from so many of the samples, one sample a micro-batch."""
     names = list(chosen_layers(model))
@@ -129,7 +130,8 @@ def sketched_gradients(
             lora_ga_config=LoRAGAConfig(init="none"),
         )
         trainer.model_wrapped = trainer.model
-        return {n: estimate_gradients(trainer, LoRAGAConfig(num_samples=n, probe_order="train")) for n in counts}
+        configs = {n: LoRAGAConfig(num_samples=n, probe_order="train", min_energy_kept=least) for n in counts}
+        return {n: estimate_gradients(trainer, config) for n, config in configs.items()}
 
 
 def compare_halves(halves: tuple[Tensor, Tensor], r: int) -> float:
@@ -149,9 +151,11 @@ def energy(G: Tensor, U: Tensor, Vt: Tensor) -> float:
     return min((U.T @ G).square().sum().item(), (G @ Vt.T).square().sum().item())
 
 
-def measure(model: nn.Module, batches: list[Batch], ranks: list[int]) -> dict[str, list[dict[str, float]]]:
+def measure(
+    model: nn.Module, batches: list[Batch], ranks: list[int], least: float | None = None
+) -> dict[str, list[dict[str, float]]]:
     counts = [n for n in COUNTS if n <= len(batches)]
-    estimates = {r: sketched_gradients(model, batches, counts, r) for r in ranks}
+    estimates = {r: sketched_gradients(model, batches, counts, r, least) for r in ranks}
     found: dict[str, list[dict[str, float]]] = {}
     for name, by_count in exact_gradients(model, batches, counts).items():
         of_all = sum(by_count[counts[-1]])
@@ -163,6 +167,7 @@ def measure(model: nn.Module, batches: list[Batch], ranks: list[int]) -> dict[st
             for r in (r for r in ranks if 2 * r <= len(S)):
                 row = {"n": n, "r": r, "halves": compare_halves(halves, r)}
                 estimator = estimates[r][n].estimators[name]
+                row["twice"] = float(name in estimates[r][n].seen_twice)
                 if estimator.sketched:
                     top = estimator.svd(2 * r)
                     row |= compare_sketch(G, top.U, top.Vt, r) | {"kept_says": top.kept(0, 2 * r)}
@@ -180,7 +185,8 @@ def table(found: dict[str, list[dict[str, float]]]) -> Iterator[str]:
             values = [row[name] for row in some if name in row]
             text = f"{statistics.mean(values):.3f} ({min(values):.3f})" if values else "exact"
             words.append(f"{name} {text}")
-        yield f"r={r:3d} n={n:3d} {', '.join(words)}"
+        twice = sum(row["twice"] for row in some)
+        yield f"r={r:3d} n={n:3d} {', '.join(words)}" + (f", seen twice {twice:.0f} of {len(some)}" if twice else "")
 
 
 def main() -> None:
@@ -189,12 +195,13 @@ def main() -> None:
     parser.add_argument("--file", type=Path, required=True)
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 32, 128])
+    parser.add_argument("--min_energy_kept", type=float, help="look again at layers below it; default: never")
     parser.add_argument("--seed", type=int, default=0, help="of a fresh classification head")
     parser.add_argument("--output", help="a JSON file for the figures of every layer")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     model, batches = TASKS[args.model](args.file, args.samples)
-    found = measure(model, batches, args.ranks)
+    found = measure(model, batches, args.ranks, args.min_energy_kept)
     for line in table(found):
         print(line)
     if args.output:

@@ -24,6 +24,7 @@ import torch
 from byte_model import arguments, load_base, manual, tables, train_base
 from directions import paired
 from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 from transformers import set_seed
 
 from lora_ga_trainer import RULES, LoRAGAConfig, LoRAGATrainer, RankPlan, plan_ranks
@@ -40,9 +41,9 @@ class Study:
     def __init__(self, results: Path, base_steps: int, steps: int) -> None:
         self.path, self.steps = results, steps
         self.found: dict[str, dict[str, float]] = json.loads(results.read_text()) if results.exists() else {}
-        kept = results.with_suffix(f".{base_steps}.pt")
-        self.base = torch.load(kept) if kept.exists() else train_base(base_steps)
-        torch.save(self.base, kept)
+        kept = results.with_suffix(f".{base_steps}.safetensors")
+        self.base = load_file(kept) if kept.exists() else train_base(base_steps)
+        save_file(self.base, kept)
         self.texts = {name: read() for name, read in TASKS.items()}
         self.plans: dict[str, RankPlan] = {}
 
