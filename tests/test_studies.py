@@ -127,6 +127,7 @@ def test_paired_differences_have_their_standard_error() -> None:
     assert directions.paired([1.0, 2.0, 4.0], [1.0, 1.0, 1.0]) == "+1.3333 (0.8819)"
 
 
+@pytest.mark.slow
 def test_what_was_forgotten_is_the_rise_of_the_loss_on_text_of_the_base_s_kind() -> None:
     """A strength of 1 changes nothing; the adapter learns its text, and the base is the one it was trained on."""
     base = byte_model.train_base(100)
