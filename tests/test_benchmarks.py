@@ -222,7 +222,7 @@ trainer = LoRAGATrainer(
     model, tiny.arguments({folder!r}, per_device_train_batch_size=2, ddp_find_unused_parameters=False),
     train_dataset=tiny.causal_rows(64),
     peft_config=LoraConfig(r=1, target_modules="all-linear"),
-    lora_ga_config=LoRAGAConfig(num_samples=32),
+    lora_ga_config=LoRAGAConfig(num_samples=32, min_energy_kept=None),
     callbacks=[Look()],
 )
 trainer.train()
