@@ -4,11 +4,12 @@ Work out what a start sends on many processes, how long that takes, and whether 
     python recipes/benchmarks/at_scale.py --model 7b --processes 8 64 512
     python recipes/benchmarks/at_scale.py --model 70b --gigabytes_a_second 1.25       # on a network of 10 Gbit/s
 
-Nothing runs on many processes here, and a second look (`min_energy_kept`) is left out. Number and bytes of the collectives follow from the shapes of the layers; a test
-compares them with those of 2 and 4 real processes. Seconds follow from a latency and a bandwidth that you give: a ring
-all-reduce of n bytes takes `2 (N - 1) latency + 2 (N - 1) / N n / bandwidth`, a broadcast `log2(N) latency + n /
-bandwidth`. Factorising takes what one core of a CPU took for a layer of 4096 x 4096, in proportion to its size: 65 ms
-for a turn and 190 ms for the last recovery (recipes/benchmarks/README.md). A GPU's figures are not known yet.
+Nothing runs on many processes here, and a second look (`min_energy_kept`) is left out. Number and bytes of the
+collectives follow from the shapes of the layers; a test compares them with those of 2 and 4 real processes. Seconds
+follow from a latency and a bandwidth that you give: a ring all-reduce of n bytes takes `2 (N - 1) latency +
+2 (N - 1) / N n / bandwidth`, a broadcast `log2(N) latency + n / bandwidth`. Factorising takes what one core of a CPU
+took for a layer of 4096 x 4096, in proportion to its size: 65 ms for a turn and 190 ms for the last recovery
+(recipes/benchmarks/README.md). A GPU's figures are not known yet.
 """
 
 import argparse
