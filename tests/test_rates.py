@@ -136,7 +136,10 @@ def test_a_moves_in_the_second_update_only(tmp_path):
         if "lora_A" in name
     }
     assert set(sizes(once).values()) == {0.0}
-    assert min(sizes(twice).values()) > 0.3  # one step of two, and AdamW's second one is at most 0.74 of a first
+    # The step without a gradient does not count. AdamW's second step after a first of 0 is 0.1 / 0.19 of its gradient
+    # over the root of 0.001 / 0.001999 of its square: 0.744. The 1e-8 that AdamW adds takes some of it off small ones.
+    for size in sizes(twice).values():
+        assert 0.68 < size < 0.7441
 
 
 def test_lora_plus_keeps_its_ratio(tmp_path):

@@ -80,8 +80,8 @@ def test_a_regret_is_what_the_found_rate_costs(
     learning_rates.main()
     (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| plain")]
     kept = json.loads(results.read_text())
-    losses = {rate: kept[f"plain|0|{rate:.3e}"] for rate in (1e-3, 1e-2, 1e-1)}
-    regret = learning_rates.loss_at(losses, kept["plain|0|found"]) - min(losses.values())
+    losses = {rate: kept[f"manual|plain|0|{rate:.3e}"] for rate in (1e-3, 1e-2, 1e-1)}
+    regret = kept["manual|plain|0|loss at found"] - min(losses.values())
     assert float(row.split("|")[-2]) == pytest.approx(regret, abs=6e-5)
     monkeypatch.setattr(learning_rates, "loss_after_training", lambda trainer: pytest.fail("trained again"))
     learning_rates.main()

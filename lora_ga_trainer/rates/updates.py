@@ -36,7 +36,9 @@ class FirstUpdates:
     The change of every trained parameter in the first steps of an optimizer, as its learning rate goes to 0.
 
     From `B = 0` the first step moves `B` alone, since `A` has no gradient there. So more than one step is taken, with
-    a rate so small that nothing but the direction counts. To be made inside `borrowed(...)`.
+    a rate so small that nothing but the direction counts. A parameter's mean is over the steps in which it had a
+    gradient: `A` moves in most steps of a training, so the one in which it can't does not count. To be made inside
+    `borrowed(...)`.
 
     Args:
         trainer: prepared; its optimizer has not stepped yet.
@@ -46,7 +48,7 @@ class FirstUpdates:
         chosen: what the trainer's optimizer was made from.
 
     Attributes:
-        directions: for each copy the mean change of a step, divided by the rate.
+        directions: for each copy the mean change of a step in which it had a gradient, divided by the rate.
         largest: the largest change of an entry in the first step, divided by the rate.
 
     Raises:
@@ -66,20 +68,38 @@ class FirstUpdates:
         self.largest = 0.0
         self._twin = lambda: _Twin(trainer, copies, chosen)
         descent = CopyDescent(trainer, model, copies)
-        self._optimizer, taken = self._twin(), 0
+        self._optimizer = self._twin()
+        taken, self._moved = 0, [0] * len(copies.values)
         for micro_batches in steps:
             with copies.in_forward():
                 for number, micro_batch in enumerate(micro_batches):
                     with failing_together(trainer, number):
                         descent.accumulate(micro_batch)
-            taken += descent.step(self._optimizer.step if taken else self._first_step)
+            taken += descent.step(self._step if taken else self._first_step)
         if not taken:
             raise ValueError("find_learning_rate: the train dataloader gave no sample with a label.")
-        self.directions = [change / (self._optimizer.rate * taken) for change in self._changes()]
+        rate = self._optimizer.rate
+        self.directions = [
+            change / (rate * max(moved, 1)) for change, moved in zip(self._changes(), self._moved, strict=True)
+        ]
         self.go(0.0)
 
     def _first_step(self) -> None:
-        """Take the first step at a rate that is tiny for this optimizer: the step is linear in the rate."""
+        # Before any step: a correction of gradients overwrites them.
+        self._count_moved()
+        self._choose_tiny_rate()
+        self._optimizer.step()
+
+    def _step(self) -> None:
+        self._count_moved()
+        self._optimizer.step()
+
+    def _count_moved(self) -> None:
+        for index, value in enumerate(self.copies.values):
+            self._moved[index] += bool(value.grad.any())
+
+    def _choose_tiny_rate(self) -> None:
+        """Set a rate that is tiny for this optimizer, from a trial of its first step, which is linear in the rate."""
         trial = self._twin()
         trial.set_rate(1.0)
         trial.step()
@@ -94,7 +114,6 @@ class FirstUpdates:
                 "TrainingArguments a learning_rate, and leave LoRAGAConfig.find_learning_rate out."
             )
         self._optimizer.set_rate(_TINY / self.largest)
-        self._optimizer.step()
 
     def _changes(self) -> list[Tensor]:
         return [value.detach() - start for value, start in zip(self.copies.values, self.start, strict=True)]
