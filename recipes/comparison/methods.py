@@ -38,6 +38,8 @@ class Method:
         rate_factor: the sweep begins with the common rates times this.
         correctable: whether a LoRA-Pro correction can go with it: its pairs must be plain or anchored LoRA.
         after_start: adds a callback that runs after the start is written.
+        resumes: whether a checkpoint holds all that its training needs. Where it does not, none is made, and a run
+            that was cut off begins anew.
     """
 
     about: str
@@ -48,6 +50,7 @@ class Method:
     rate_factor: float = 1.0
     correctable: bool = True
     after_start: Callable[[Trainer], None] | None = None
+    resumes: bool = True
 
     def make(self, model: nn.Module, lora: LoraArguments, task: str, samples: Samples) -> nn.Module:
         """Return `model` with this method on it."""
@@ -129,7 +132,13 @@ METHODS = {
         correctable=False,
     ),
     "dora": Method("DoRA, arXiv 2402.09353", _add_lora, lora={"use_dora": True}),
-    "adalora": Method("AdaLoRA, arXiv 2303.10512", _add_adalora, correctable=False, after_start=reallocate_ranks),
+    "adalora": Method(
+        "AdaLoRA, arXiv 2303.10512",
+        _add_adalora,
+        correctable=False,
+        after_start=reallocate_ranks,
+        resumes=False,  # PEFT saves pruned factors, which fit no new adapter, and not what the pruning goes by
+    ),
     "pissa": Method("PiSSA, arXiv 2404.02948", _make_peft_start("pissa")),
     "olora": Method("OLoRA, arXiv 2406.01775", _make_peft_start("olora")),
     "eva": Method("EVA, arXiv 2410.07170", start_by_eva),
