@@ -244,6 +244,35 @@ def test_asymmetric_lora_trains_b_alone_on_orthonormal_rows(task):
     assert trained < stored
 
 
+@pytest.mark.parametrize("name", ["frozen_a", "lora_ga:train_A=false", "lora_fa"])
+def test_the_arms_of_a_frozen_a_train_b_alone(task, name):
+    trainer = trainer_of(task, name)
+    start = started(task, name)
+    A = {layer.name: layer.stored_A.detach().clone() for layer in find_adapted_layers(start.model)}
+    trainer.train()
+    for layer in find_adapted_layers(trainer.model):
+        assert torch.equal(layer.stored_A, A[layer.name])
+        assert layer.stored_B.any()
+    trained, stored = count_numbers(trainer.model)
+    assert trained == sum(layer.stored_B.numel() for layer in find_adapted_layers(trainer.model)) < stored
+
+
+def test_pefts_lora_fa_steps_by_the_gradient_of_b_over_s_squared_a_a_t(task):
+    trainer = trainer_of(task, "lora_fa", max_steps=1, per_device_train_batch_size=16)
+    layers = find_adapted_layers(trainer.model)
+    batch = collate(task.data.train)
+    trainer.model.eval()(**batch).loss.backward()
+    gradients = {layer.name: layer.stored_B.grad.double() for layer in layers}
+    trainer.model.zero_grad()
+    trainer.train()
+    assert type(trainer.optimizer.optimizer).__name__ == "LoraFAOptimizer"
+    for layer in layers:
+        A = layer.stored_A.detach().double()
+        expected = gradients[layer.name] @ torch.linalg.inv(A @ A.T) / layer.s**2
+        found = trainer.optimizer.state[f"base_model.model.{layer.name}.lora"]["exp_avg_B"].double() / 0.1
+        assert (found - expected).norm() < 2e-2 * expected.norm()  # PEFT multiplies in bf16
+
+
 def test_lotr_changes_like_layers_by_one_tensor_of_low_rank(task):
     trainer = trainer_of(task, "lotr")
     before = dict(load_base().named_modules())

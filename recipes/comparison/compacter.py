@@ -30,8 +30,8 @@ class HypercomplexLinear(nn.Module):
     def __init__(self, in_features: int, out_features: int, rules: nn.Parameter) -> None:
         super().__init__()
         n, where = len(rules), {"device": rules.device}
-        # In a tuple, so that the rules are not a parameter of this layer as well: the model's `save_pretrained` refuses
-        # a tensor that several names share.
+        # In a tuple, so that the rules are not a parameter of this layer as well: the model owns them, and its
+        # `save_pretrained` refuses a tensor that several names share.
         self._shared = (rules,)
         self.s = nn.Parameter(torch.randn(n, out_features // n, 1, **where))
         # With rules of variance 1/n, entries of W have variance 1 / in.

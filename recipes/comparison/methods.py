@@ -20,6 +20,7 @@ from comparison.starts import (
     reallocate_ranks,
     start_by_eva,
     start_by_peft_lora_ga,
+    step_by_peft_lora_fa,
     turn_at_random,
 )
 
@@ -153,6 +154,19 @@ METHODS = {
     ),
     "asymmetric": Method(
         "asymmetric LoRA, arXiv 2402.16842: A orthogonal at random and frozen", freeze_orthogonal_A, correctable=False
+    ),
+    "frozen_a": Method(
+        "A as PEFT draws it, and frozen: LoRA-FA, arXiv 2308.03303, as its paper trains it",
+        _add_lora,
+        settings={"train_A": False},
+        correctable=False,
+    ),
+    "lora_fa": Method(
+        "LoRA-FA with PEFT's optimizer, which divides the gradient of B by s^2 A A^T",
+        _add_lora,
+        settings={"train_A": False},
+        correctable=False,
+        after_start=step_by_peft_lora_fa,
     ),
     "peft_lora_ga": Method("LoRA-GA as PEFT computes it, on a changed base", start_by_peft_lora_ga),
     "random_orthogonal": Method(
