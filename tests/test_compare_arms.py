@@ -569,6 +569,22 @@ def test_an_arm_takes_options_and_a_correction():
     assert arms[1].slug == "lora_ga_gamma=64_lora_r=16+lora_pro"
 
 
+def test_lotr_begins_two_decades_lower_since_its_first_step_is_that_much_longer(task):
+    """AdamW's first step moves every entry that has a gradient by the rate: the cores here, B of plain LoRA."""
+    sizes = {}
+    for name in ("lora", "lotr"):
+        trainer = trainer_of(task, name, max_steps=1, optim="adamw_torch", weight_decay=0.0)
+        trainer.train()
+        changes = [
+            2.0 * (m.lotr_left @ m.lotr_core @ m.lotr_right)
+            for m in trainer.model.modules()
+            if isinstance(m, LoTRLinear)
+        ] or list(delta(trainer.model).values())
+        sizes[name] = sum(change.detach().square().mean() for change in changes).sqrt().item()
+    assert 10 < sizes["lotr"] / sizes["lora"] < 1000
+    assert parse_arms("lotr", CONFIG, LORA)[0].rate_factor == 0.01
+
+
 def test_the_equivalent_adamw_and_full_fine_tuning_begin_a_decade_lower():
     arms = parse_arms("lora,full,lora_ga+lora_pro_adamw,lora_ga+lora_pro", CONFIG, LORA)
     assert [a.rate_factor for a in arms] == [1.0, 0.1, 0.1, 1.0]

@@ -145,7 +145,13 @@ METHODS = {
     "eva": Method("EVA, arXiv 2410.07170", start_by_eva),
     "randlora": Method("RandLoRA, arXiv 2502.00987, PEFT's defaults", _make_tuner(RandLoraConfig), correctable=False),
     "lokr": Method("LoKr (Kronecker factors), arXiv 2309.14859", _make_tuner(LoKrConfig), correctable=False),
-    "lotr": Method("LoTR (one tensor for like layers), arXiv 2402.01376", add_lotr, correctable=False),
+    "lotr": Method(
+        "LoTR (one tensor for like layers), arXiv 2402.01376",
+        add_lotr,
+        # Outer factors of variance 1 let a step of the cores move a weight some hundred times as far as LoRA's step.
+        rate_factor=0.01,
+        correctable=False,
+    ),
     "compacter": Method("Compacter (hypercomplex adapters), arXiv 2106.04647", add_compacter, correctable=False),
     "inca": Method(
         "InCA (heads that read frozen activations), arXiv 2303.04105; classification only",
