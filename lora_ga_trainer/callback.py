@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback
 
 from .adapters.dropout import dropped_factors, require_droppable
 from .adapters.find import find_adapted_layers, find_lora_layers
-from .adapters.frozen import freeze_A, require_still_A
+from .adapters.frozen import require_still_A, train_both_or_B
 from .config import LoRAGAConfig
 from .gradients.borrow import attribute
 from .optimizers.engine_step import EngineStep, install_engine_step
@@ -95,8 +95,8 @@ class LoRAGACallback(TrainerCallback):
         self._evaluates = only_evaluates(trainer, probe_dataset)
         if self.config.init != "none" and not self._evaluates:
             prepare_trainer(trainer, self.config, probe_dataset)
-        if not self.config.train_A and not self._evaluates:
-            freeze_A(trainer.model, self.config.init)
+        if not self._evaluates:
+            train_both_or_B(trainer.model, self.config.train_A, self.config.init)
         if self.config.factor_dropout > 0:
             require_droppable(find_lora_layers(trainer.model))
             if self.config.factor_dropout_ensemble > 0 and not overrides:

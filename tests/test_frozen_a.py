@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainerCallback
 
 from lora_ga_trainer import LoRAGACallback, LoRAGAConfig, LoRAGATrainer, find_adapted_layers, load_adapter
-from lora_ga_trainer.adapters.frozen import freeze_A
+from lora_ga_trainer.adapters.frozen import FrozenLinear, train_both_or_B
 from lora_ga_trainer.starts.prepare import prepare_adapter
 
 
@@ -66,7 +67,7 @@ def one_layer() -> tuple[nn.Module, Any]:
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(9, 7, bias=False, dtype=torch.float64))
     model = tiny.with_lora(base, target_modules=["0"], r=3, lora_alpha=6).double()
-    freeze_A(model, "none")
+    train_both_or_B(model, False, "none")
     return model, find_adapted_layers(model)[0]
 
 
@@ -215,6 +216,19 @@ def test_lora_ga_gives_a_its_directions_and_needs_no_anchor(tmp_path: Any) -> No
     assert not any(layer.is_anchored for layer in find_adapted_layers(frozen.model))
 
 
+def test_rows_of_ones_own_stay_as_they_are(tmp_path: Any) -> None:
+    """The paper's A: orthonormal rows at random."""
+    trainer = swap(tmp_path, {"init": "none"})
+    for layer in find_adapted_layers(trainer.model):
+        nn.init.orthogonal_(layer.stored_A)
+    trainer.train()
+    for layer in find_adapted_layers(trainer.model):
+        A = layer.stored_A.detach()
+        torch.testing.assert_close(A @ A.T, torch.eye(layer.rank), rtol=1e-5, atol=1e-5)
+        assert torch.equal(A, kept(trainer).A[layer.name])
+        assert layer.stored_B.any()
+
+
 def test_lora_one_is_still_a_step_of_its_own(tmp_path: Any) -> None:
     frozen, free = (swap(tmp_path, {"init": "lora_one", "train_A": train}, max_steps=1) for train in (False, True))
     frozen.train()
@@ -312,14 +326,74 @@ def test_an_adapter_prepared_or_saved_with_an_anchor_is_not_continued_without(tr
         second.train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-2"))
 
 
-def test_an_a_that_something_lets_train_is_named(tmp_path: Any) -> None:
+@pytest.mark.parametrize(
+    ("base", "shape"),
+    [
+        (nn.Linear(4, 6), (3, 4)),
+        (nn.Conv1d(4, 6, 3), (3, 4, 8)),
+        (nn.Conv2d(4, 6, 3, stride=2, padding=1), (3, 4, 8, 8)),
+        (nn.Conv3d(4, 6, 2), (3, 4, 4, 4, 4)),
+    ],
+    ids=["linear", "conv1d", "conv2d", "conv3d"],
+)
+def test_a_is_a_constant_of_the_forward_pass_whatever_peft_says(base: nn.Module, shape: Any) -> None:
+    model = tiny.with_lora(nn.Sequential(base), target_modules=["0"])
+    (layer,) = find_adapted_layers(model)
+    nn.init.normal_(layer.stored_B)
+    x = torch.randn(shape)
+    before, kind = model(x), type(layer.lora_A)
+    train_both_or_B(model, False, "none")
+    model.set_adapter("default")
+    after = copy.deepcopy(model)(x)
+    assert torch.equal(after, before)
+    model(x).square().sum().backward()
+    assert layer.stored_A.grad is None
+    assert layer.stored_B.grad.any()
+    train_both_or_B(model, True, "none")
+    assert type(layer.lora_A) is kind
+    model(x).square().sum().backward()
+    assert layer.stored_A.grad.any()
+
+
+class SetAdapter(TrainerCallback):
+    """Does in every step what a loss with a reference adapter does."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+        model.set_adapter("default")
+        with model.disable_adapter():
+            pass
+
+
+def test_peft_lets_no_a_of_a_linear_layer_train_again(tmp_path: Any) -> None:
     trainer = swap(tmp_path, {"init": "none"})
-
-    class SetAdapter(TrainerCallback):
-        def on_step_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
-            model.set_adapter("default")
-
     trainer.add_callback(SetAdapter())
-    with pytest.raises(ValueError, match=r"Layer .*q_proj: train_A=False, and its A has a gradient.*set_adapter"):
+    trainer.train()
+    plain = swap(tmp_path, {"init": "none"})
+    plain.train()
+    for left, right in zip(factors_of(trainer.model), factors_of(plain.model), strict=True):
+        assert_bitwise(left, right)
+    losses = lambda t: [(log["loss"], log["grad_norm"]) for log in t.state.log_history if "loss" in log]
+    assert losses(trainer) == losses(plain)
+
+
+def test_an_a_that_something_lets_train_is_named(tmp_path: Any) -> None:
+    trainer = swap(tmp_path, {"init": "lora_ga"}, EMBEDDING)
+    trainer.add_callback(SetAdapter())
+    with pytest.raises(ValueError, match=r"Layer model.embed_tokens: train_A=False, and its A has a gradient"):
         trainer.train()
     assert_bitwise(factors_of(trainer.model)[0], kept(trainer).A)
+
+
+def test_a_later_trainer_may_train_both_again(tmp_path: Any) -> None:
+    trainer = swap(tmp_path, {})
+    trainer.train()
+    A, _ = factors_of(trainer.model)
+    assert all(type(layer.lora_A) is FrozenLinear for layer in find_adapted_layers(trainer.model))
+    LoRAGATrainer(
+        trainer.model,
+        tiny.arguments(tmp_path),
+        train_dataset=tiny.causal_rows(24),
+        lora_ga_config=LoRAGAConfig(**(FROZEN | {"train_A": True})),
+    ).train()
+    assert all(type(layer.lora_A) is nn.Linear for layer in find_adapted_layers(trainer.model))
+    assert all(not torch.equal(value, A[name]) for name, value in factors_of(trainer.model)[0].items())

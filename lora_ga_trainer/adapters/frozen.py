@@ -2,23 +2,77 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from .embedding import AdaptedEmbedding
 from .find import find_lora_layers
 
 
-def freeze_A(model: nn.Module, init: str) -> None:
+class Frozen(nn.Module):
     """
-    Let `A` of every layer of the active adapter get no gradient. Its start may still be written.
+    `lora_A` whose weight is a constant of the forward pass, whatever `requires_grad` says.
+
+    PEFT lets both factors train whenever it sets an adapter or ends `disable_adapter()`, and losses do that: TRL's DPO
+    and GRPO compute their reference so.
+    """
+
+
+class FrozenLinear(Frozen, nn.Linear):
+    """[`Frozen`] `lora_A` of a linear layer."""
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., r)
+        return F.linear(x, self.weight.detach(), self.bias)
+
+
+class _FrozenConv(Frozen):
+    """[`Frozen`] `lora_A` of a convolution."""
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        convolve: Any = super()._conv_forward  # type: ignore[misc]  # of the class of torch beside this one
+        return convolve(x, weight.detach(), bias)
+
+
+class FrozenConv1d(_FrozenConv, nn.Conv1d):
+    """In one dimension."""
+
+
+class FrozenConv2d(_FrozenConv, nn.Conv2d):
+    """In two dimensions."""
+
+
+class FrozenConv3d(_FrozenConv, nn.Conv3d):
+    """In three dimensions."""
+
+
+_FROZEN: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: FrozenLinear,
+    nn.Conv1d: FrozenConv1d,
+    nn.Conv2d: FrozenConv2d,
+    nn.Conv3d: FrozenConv3d,
+}
+
+
+def train_both_or_B(model: nn.Module, train_A: bool, init: str) -> None:
+    """
+    Let `A` of the active adapter get no gradient, or get one again. Its start may be written either way.
 
     Args:
-        model: with an adapter, before an engine wraps it and before an optimizer is made.
+        model: before an engine wraps it and before an optimizer is made; with an adapter unless `train_A`.
+        train_A: `False` freezes `A`. `True` undoes it, and leaves a model as it is in which nothing is frozen so.
         init: that the adapter starts with.
 
     Raises:
         `ValueError`: naming a layer that could not learn.
     """
+    if train_A:
+        for module in model.modules():
+            if isinstance(module, Frozen):
+                module.__class__ = type(module).__bases__[-1]
+                module.requires_grad_(True)
+        return
     layers = find_lora_layers(model)
     for layer in layers:
         if init == "none" and isinstance(layer, AdaptedEmbedding):
@@ -28,6 +82,9 @@ def freeze_A(model: nn.Module, init: str) -> None:
             )
     for layer in layers:
         layer.stored_A.requires_grad_(False)
+        if not isinstance(layer, AdaptedEmbedding):  # whose A is a bare parameter
+            lora_A: Any = layer.lora_A
+            lora_A.__class__ = _FROZEN.get(type(lora_A), type(lora_A))
 
 
 def require_still_A(model: nn.Module) -> None:
@@ -41,6 +98,6 @@ def require_still_A(model: nn.Module) -> None:
         if layer.stored_A.grad is not None:
             raise ValueError(
                 f"Layer {layer.name}: train_A=False, and its A has a gradient. Something let it train after the "
-                "trainer was made: `model.set_adapter(...)` does, also where a loss calls it (a reference adapter of "
-                "DPO). Train without that, or with train_A=True."
+                "trainer was made, such as `model.set_adapter(...)`, which a loss with a reference adapter calls. "
+                "Leave the layer out of target_modules, or set train_A=True."
             )
