@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback
 
 from .adapters.dropout import dropped_factors, require_droppable
 from .adapters.find import find_adapted_layers, find_lora_layers
+from .adapters.frozen import require_still_A, train_both_or_B
 from .config import LoRAGAConfig
 from .gradients.borrow import attribute
 from .optimizers.engine_step import EngineStep, install_engine_step
@@ -94,6 +95,8 @@ class LoRAGACallback(TrainerCallback):
         self._evaluates = only_evaluates(trainer, probe_dataset)
         if self.config.init != "none" and not self._evaluates:
             prepare_trainer(trainer, self.config, probe_dataset)
+        if not self._evaluates:
+            train_both_or_B(trainer.model, self.config.train_A, self.config.init)
         if self.config.factor_dropout > 0:
             require_droppable(find_lora_layers(trainer.model))
             if self.config.factor_dropout_ensemble > 0 and not overrides:
@@ -125,6 +128,12 @@ class LoRAGACallback(TrainerCallback):
         self._dropout.close()  # of a training that was cut off
         if self.config.factor_dropout > 0:
             self._dropout.enter_context(dropped_factors(find_lora_layers(model), self.config.factor_dropout))
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not self.config.train_A:
+            require_still_A(self.trainer.accelerator.unwrap_model(self.trainer.model))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -119,6 +119,11 @@ class LoRAGAConfig:
         riemannian_reg: Use PEFT's Riemannian-preconditioned optimizer with this damping (arXiv 2402.02347; LoRA-One's
             preconditioner). Not together with a correction or init='lora_ga'. PEFT puts every parameter into one
             group, so weight decay reaches biases too. Needs LoRAGATrainer or LoRAGAMixin.
+        train_A: False freezes A, so that B alone is trained (arXiv 2402.16842): half the optimizer's state, and a
+            problem that is convex wherever the loss is convex in the weight. With init='none' A is as PEFT has drawn
+            it. An anchored init gives A its directions of the gradient and B starts at 0. There is nothing to anchor
+            then, and the adapter is a plain one of rank r. Not together with a correction, loraplus_lr_ratio or
+            riemannian_reg.
         factor_dropout: Probability with which each column of A and each row of B is dropped in a training step (LoRA
             dropout, arXiv 2404.09610); `lora_dropout` of PEFT drops inputs token by token. Not together with a
             correction.
@@ -158,6 +163,7 @@ class LoRAGAConfig:
     lora_pro_offload_state: bool = False
     loraplus_lr_ratio: float | None = None
     riemannian_reg: float | None = None
+    train_A: bool = True
     factor_dropout: float = 0.0
     factor_dropout_ensemble: int = 0
     head_warmup_steps: int = 0
@@ -207,7 +213,7 @@ class LoRAGAConfig:
                 f"LoRAGAConfig: min_energy_kept={share!r} must be a number greater than 0, at most 1, or None, which "
                 "looks at no layer twice."
             )
-        for name in ("allow_unreached", "find_learning_rate", "lora_pro_offload_state"):
+        for name in ("allow_unreached", "find_learning_rate", "lora_pro_offload_state", "train_A"):
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"LoRAGAConfig: {name}={getattr(self, name)!r} must be True or False.")
         if not isinstance(self.probe_file, (str, type(None))):
@@ -258,6 +264,11 @@ class LoRAGAConfig:
                 )
 
     @property
+    def anchored(self) -> bool:
+        """Whether the adapter is stored in delta form. With a frozen `A` there is no `B0` to take off again."""
+        return self.train_A and self.init in INITS and INITS[self.init].anchored
+
+    @property
     def optimizer(self) -> ChosenOptimizer:
         """The entry of `OPTIMIZERS` that the fields ask for; the Trainer's own where they ask for none."""
         return self._chosen_optimizers()[0]
@@ -290,7 +301,12 @@ class LoRAGAConfig:
             settings = " and ".join(names)
             raise ValueError(f"LoRAGAConfig: {settings} each change the same gradients or groups. Choose one of them.")
         (chosen,) = asked
-        if chosen.entry.not_anchored is not None and self.init in INITS and INITS[self.init].anchored:
+        if not self.train_A and chosen.entry.build is not None:
+            raise ValueError(
+                f"LoRAGAConfig: train_A=False leaves B alone to be trained, and {chosen.setting} steps A and B "
+                "together. Leave one of the two out."
+            )
+        if chosen.entry.not_anchored is not None and self.anchored:
             raise ValueError(
                 f"LoRAGAConfig: {chosen.setting} does not go with init={self.init!r}, {chosen.entry.not_anchored}"
             )

@@ -12,6 +12,7 @@ from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 
 from .adapters.dropout import dropped_factors, mean_of
 from .adapters.find import find_lora_layers
+from .adapters.frozen import train_both_or_B
 from .adapters.host import find_hosts, require_adapter
 from .adapters.storage import anchored_parameter_names, counted_norm
 from .callback import LoRAGACallback
@@ -94,6 +95,7 @@ class LoRAGAMixin(_AnyTrainer):
         model = self._adapt(super().call_model_init(trial))
         if self.lora_ga_config.init != "none":
             prepare_adapter(model, self.lora_ga_config)
+        train_both_or_B(model, self.lora_ga_config.train_A, self.lora_ga_config.init)
         return model
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:

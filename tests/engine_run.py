@@ -393,7 +393,35 @@ def second_look_part(engine: str, folder: Path) -> dict[str, Any]:
     return trained(engine, folder, "second", config, rows=tiny.causal_rows(40), max_steps=1)
 
 
+def frozen_part(engine: str, folder: Path) -> dict[str, Any]:
+    """Train `B` alone."""
+
+    class Keep(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if not started:
+                started.update(factors())
+
+    started: dict[str, Any] = {}
+    trainer = make_trainer(
+        engine,
+        folder,
+        "frozen",
+        {"train_A": False, "estimator": "exact"},
+        callbacks=[Keep()],
+        rows=tiny.causal_rows(4 * STEPS),
+        weight_decay=0.1,
+    )
+    factors = lambda: factors_of(find_adapted_layers(trainer.accelerator.unwrap_model(trainer.model)))
+    trainer.train()
+    return {
+        "start": started,
+        "end": factors(),
+        "losses": [log["loss"] for log in trainer.state.log_history if "loss" in log],
+    }
+
+
 PARTS = {
+    "frozen": frozen_part,
     "second": second_look_part,
     "ranks": ranks_part,
     "bare": bare_part,

@@ -423,3 +423,18 @@ def polora_reference(A, B, M_A, M_B, P, Q):  # (r, in), (out, r), (r, in), (out,
     norm = lambda M: float(torch.linalg.svdvals(M)[0])
     length = norm(A) + norm(B)
     return D_A / norm(D_A) / length, D_B / norm(D_B) / length
+
+
+def frozen_A_training(W, A, s, loss, n, lr=1e-3, betas=(0.9, 0.999), eps=1e-8):  # W (out, in), A (r, in) -> W_eff
+    """Train `B` alone from 0 by Adam on the weight `W + s B A`, its gradient written as `s G A^T` with `G = dL/dW`."""
+    W, A = W.double(), A.double()
+    B = torch.zeros(W.shape[0], A.shape[0], dtype=torch.float64)
+    first, second = torch.zeros_like(B), torch.zeros_like(B)
+    for t in range(1, n + 1):
+        weight = (W + s * B @ A).requires_grad_(True)
+        (G,) = torch.autograd.grad(loss(weight), [weight])
+        g = s * G @ A.T
+        first = betas[0] * first + (1 - betas[0]) * g
+        second = betas[1] * second + (1 - betas[1]) * g * g
+        B = B - lr * (first / (1 - betas[0] ** t)) / ((second / (1 - betas[1] ** t)).sqrt() + eps)
+    return W + s * B @ A

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import functools
 import json
 import os
 import statistics
@@ -9,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 
 import anchored
+import arm_memory
 import at_scale
 import factorise
 import fidelity
@@ -86,6 +90,47 @@ def test_the_anchored_model_stores_twice_the_rank_and_keeps_its_start(tmp_path):
             moved = layer.stored_B - B
             assert moved[:, :4].any()
             assert not moved[:, 4:].any()  # B0 is frozen; a plain layer has no such half
+
+
+def test_a_step_keeps_what_autograd_saves_and_inca_nothing_of_the_base(monkeypatch):
+    """Of a linear layer whose factors learn: its input, and what lies between the factors."""
+    base = nn.Sequential(nn.Linear(32, 16, bias=False), nn.Linear(16, 8, bias=False))
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["0"]))
+    x = torch.randn(5, 32)
+    with torch.no_grad():
+        model.get_base_model()[0].lora_B["default"].weight.fill_(1.0)
+
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            return SimpleNamespace(loss=self.model(x).sum())
+
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    assert arm_memory.take_step(Wrapped(), {"x": x}, optimizer) == 4 * (5 * 32 + 5 * 2)
+    args = argparse.Namespace(rank=2, rows=3, tokens=16)
+    of_a_block = {}
+    for name in ("lora", "inca"):
+        kept = []
+        for blocks in (2, 5):
+            make = functools.partial(tiny.bert, num_hidden_layers=blocks)
+            monkeypatch.setattr(arm_memory, "make_base", lambda args, make=make: make())
+            kept.append(arm_memory.measure(args, name)["kept"])
+        of_a_block[name] = (kept[1] - kept[0]) // 3
+    # Of a block InCA keeps what its head does, whose query is one. LoRA keeps the inputs of six layers and more.
+    assert of_a_block["lora"] > 4 * 3 * 16 * (5 * 32 + 48)
+    head = arm_memory.make_step(args, "inca")[0].heads[0]
+    h, kept = torch.randn(3, 16, 32, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda tensor: tensor):
+        head(h, None)
+    parameters = {p.untyped_storage().data_ptr() for p in head.parameters()}
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+    alone = sum(size for place, size in storages.items() if place not in parameters)
+    assert of_a_block["inca"] == pytest.approx(alone, rel=0.2)
+    with pytest.raises(ValueError, match="'lora_ga' is finished by its trainer"):
+        arm_memory.measure(args, "lora_ga")
 
 
 @pytest.mark.slow

@@ -244,6 +244,35 @@ def test_asymmetric_lora_trains_b_alone_on_orthonormal_rows(task):
     assert trained < stored
 
 
+@pytest.mark.parametrize("name", ["frozen_a", "lora_ga:train_A=false", "lora_fa"])
+def test_the_arms_of_a_frozen_a_train_b_alone(task, name):
+    trainer = trainer_of(task, name)
+    start = started(task, name)
+    A = {layer.name: layer.stored_A.detach().clone() for layer in find_adapted_layers(start.model)}
+    trainer.train()
+    for layer in find_adapted_layers(trainer.model):
+        assert torch.equal(layer.stored_A, A[layer.name])
+        assert layer.stored_B.any()
+    trained, stored = count_numbers(trainer.model)
+    assert trained == sum(layer.stored_B.numel() for layer in find_adapted_layers(trainer.model)) < stored
+
+
+def test_pefts_lora_fa_steps_by_the_gradient_of_b_over_s_squared_a_a_t(task):
+    trainer = trainer_of(task, "lora_fa", max_steps=1, per_device_train_batch_size=16)
+    layers = find_adapted_layers(trainer.model)
+    batch = collate(task.data.train)
+    trainer.model.eval()(**batch).loss.backward()
+    gradients = {layer.name: layer.stored_B.grad.double() for layer in layers}
+    trainer.model.zero_grad()
+    trainer.train()
+    assert type(trainer.optimizer.optimizer).__name__ == "LoraFAOptimizer"
+    for layer in layers:
+        A = layer.stored_A.detach().double()
+        expected = gradients[layer.name] @ torch.linalg.inv(A @ A.T) / layer.s**2
+        found = trainer.optimizer.state[f"base_model.model.{layer.name}.lora"]["exp_avg_B"].double() / 0.1
+        assert (found - expected).norm() < 2e-2 * expected.norm()  # PEFT multiplies in bf16
+
+
 def test_lotr_changes_like_layers_by_one_tensor_of_low_rank(task):
     trainer = trainer_of(task, "lotr")
     before = dict(load_base().named_modules())
@@ -478,8 +507,28 @@ def test_rates_and_arms_of_one_seed_share_a_probe_and_get_the_same_start(task, m
     assert len(probes) == 3
 
 
-@pytest.mark.parametrize("name", ["lora", "lora_ga+lora_pro", "pissa", "lora_ga_free", "full"])
+def classifier_task(task: Task) -> Task:
+    """The same task for a tiny BERT, whose head is drawn as its other weights are."""
+
+    def load() -> torch.nn.Module:
+        with torch.random.fork_rng():
+            return tiny.bert()
+
+    data = TaskData(tiny.class_rows(16), tiny.class_rows(4, seed=9), None)
+    make = lambda model, run_args, config: LoRAGATrainer(
+        model,
+        run_args,
+        train_dataset=data.train,
+        eval_dataset=data.eval,
+        data_collator=collate,
+        lora_ga_config=config,
+    )
+    return replace(task, name="sequence-classification", data=data, load_model=load, make_trainer=make)
+
+
+@pytest.mark.parametrize("name", [*METHODS, "lora_ga+lora_pro"])
 def test_a_run_that_was_cut_off_continues_and_ends_where_it_would_have(task, name, monkeypatch):
+    task = classifier_task(task) if name == "inca" else task
     task = replace(task, args=replace(task.args, save_strategy="steps", optim="adamw_torch"))
     whole = run_arm(replace(task, folder=task.folder / "whole"), arm(name), RATE, seed=0, points=4)
     end = comparison_run._Stopwatch.on_step_end
@@ -493,15 +542,17 @@ def test_a_run_that_was_cut_off_continues_and_ends_where_it_would_have(task, nam
     with pytest.raises(_Stop):
         run_arm(task, arm(name), RATE, seed=0, points=4)
     run_arm(task, arm(name), RATE, seed=0, points=1, steps=2)  # the plan's trial must not cost it its checkpoint
-    (last,) = task.folder.glob("runs/*/*/checkpoint-*")
-    last.with_name("checkpoint-6").mkdir()  # killed again, while it wrote the next one
-    (last.with_name("checkpoint-6") / "trainer_state.json").write_text("{")
+    kept = list(task.folder.glob("runs/*/*/checkpoint-*"))
+    assert len(kept) == METHODS[arm(name).method].resumes
+    for last in kept:
+        last.with_name("checkpoint-6").mkdir()  # killed again, while it wrote the next one
+        (last.with_name("checkpoint-6") / "trainer_state.json").write_text("{")
     steps = []
     monkeypatch.setattr(
         comparison_run._Stopwatch, "on_step_end", lambda self, args, state, *a, **k: steps.append(state.global_step)
     )
     resumed = run_arm(task, arm(name), RATE, seed=0, points=4)
-    assert steps == [5, 6, 7, 8]
+    assert steps == ([5, 6, 7, 8] if kept else list(range(1, 9)))
     assert resumed.evals == whole.evals
 
 
@@ -516,6 +567,22 @@ def test_an_arm_takes_options_and_a_correction():
     assert arms[2].config.gamma == 128  # LoRA-One's own default, not that of the shared config
     assert all(a.config.num_samples == 8 for a in arms)
     assert arms[1].slug == "lora_ga_gamma=64_lora_r=16+lora_pro"
+
+
+def test_lotr_begins_two_decades_lower_since_its_first_step_is_that_much_longer(task):
+    """AdamW's first step moves every entry that has a gradient by the rate: the cores here, B of plain LoRA."""
+    sizes = {}
+    for name in ("lora", "lotr"):
+        trainer = trainer_of(task, name, max_steps=1, optim="adamw_torch", weight_decay=0.0)
+        trainer.train()
+        changes = [
+            2.0 * (m.lotr_left @ m.lotr_core @ m.lotr_right)
+            for m in trainer.model.modules()
+            if isinstance(m, LoTRLinear)
+        ] or list(delta(trainer.model).values())
+        sizes[name] = sum(change.detach().square().mean() for change in changes).sqrt().item()
+    assert 10 < sizes["lotr"] / sizes["lora"] < 1000
+    assert parse_arms("lotr", CONFIG, LORA)[0].rate_factor == 0.01
 
 
 def test_the_equivalent_adamw_and_full_fine_tuning_begin_a_decade_lower():

@@ -31,6 +31,7 @@ from engine_run import (
     Picture,
     bare_part,
     embedding_part,
+    frozen_part,
     main_part,
     moments_part,
     ranks_part,
@@ -448,3 +449,20 @@ def test_a_killed_run_resumes_bitwise(kind: str, folder: Path) -> None:
         assert not found["probed again"]
         for name, value in found["whole"].items():
             assert torch.equal(found["resumed"][name], value), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [name for name in ENGINES if name != "single"])
+def test_b_alone_is_trained_as_on_one_process(kind: str, folder: Path) -> None:
+    ended = launch(kind, "frozen", folder)
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    single = frozen_part("single", folder)
+    ours, other = (torch.load(folder / kind / f"frozen-{rank}.pt", weights_only=False) for rank in range(2))
+    assert len(ours["losses"]) == STEPS
+    assert ours["losses"] == pytest.approx(single["losses"], abs=1e-5)
+    for name, (A, B) in ours["end"].items():
+        assert torch.equal(A, ours["start"][name][0])
+        assert torch.equal(A, other["end"][name][0])
+        assert torch.equal(B, other["end"][name][1])
+        assert not ours["start"][name][1].any()
+        assert B.any()

@@ -496,6 +496,28 @@ def test_an_adapter_of_experts_loads_on_the_clean_base_after_sft(trl: ModuleType
     assert torch.equal(logits_of(again), logits_of(trainer.model))
 
 
+@both_ways
+@pytest.mark.parametrize(("case", "init"), [("text", "none"), ("dpo", "lora_ga"), ("grpo", "lora_ga")])
+def test_b_alone_is_trained(trl: ModuleType, case: str, init: str, way: str, tmp_path: Path) -> None:
+    trainer = make(trl, case, way, tmp_path, {"train_A": False, "init": init})
+    started: dict[str, tuple[Tensor, Tensor]] = {}
+    factors = lambda: {
+        layer.name: (layer.stored_A.detach().clone(), layer.stored_B.detach().clone())
+        for layer in find_adapted_layers(trainer.model)
+    }
+
+    class Keep(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if not started:
+                started.update(factors())
+
+    trainer.add_callback(Keep())
+    trainer.train()
+    for name, (A, B) in factors().items():
+        assert torch.equal(A, started[name][0])
+        assert not torch.equal(B, started[name][1])
+
+
 def test_a_streamed_and_a_worker_read_dataset_give_the_same_start(trl: ModuleType, tmp_path: Path) -> None:
     rows = tiny_trl.dataset(16, "prompt", "completion")
     order = {"train_sampling_strategy": "sequential"}

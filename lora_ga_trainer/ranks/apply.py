@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from ..adapters.find import find_lora_layers
+from ..adapters.frozen import train_both_or_B
 from ..adapters.host import AdapterHost, require_adapter
 from ..config import LoRAGAConfig
 from ..engines.devices import preserved_rng
@@ -40,6 +41,7 @@ def make_adapter_anew(trainer: Trainer, config: LoRAGAConfig, lora: LoraConfig, 
         model = get_peft_model(base, copy.deepcopy(lora))
     if config.init != "none":
         prepare_adapter(model, config)
+    train_both_or_B(model, config.train_A, config.init)
     trainer.model = trainer.model_wrapped = trainer.callback_handler.model = model
 
 

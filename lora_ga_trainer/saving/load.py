@@ -110,7 +110,7 @@ def _require_rank(host: AdapterHost, record: StartRecord, folder: str | os.PathL
     stored = host.config.r
     if stored != record.rank * (2 if record.anchored else 1):
         raise ValueError(
-            f"{folder}: lora_ga.json says rank={record.rank}, init={record.init!r}, which does not fit the stored "
-            f"rank {stored} of adapter_config.json. Restore the two files of one save, or delete lora_ga.json to "
-            "continue the adapter as a plain LoRA adapter."
+            f"{folder}: lora_ga.json says rank={record.rank}, init={record.init!r}, anchored={record.anchored}, which "
+            f"does not fit the stored rank {stored} of adapter_config.json. Restore the two files of one save, or "
+            "delete lora_ga.json to continue the adapter as a plain LoRA adapter."
         )

@@ -166,7 +166,8 @@ def _parse_record(path: Path) -> StartRecord:
     if content["init"] not in INITS or not 1 <= content["rank"] <= _MAX_RANK:
         found = f"init={short(content['init'])}, rank={short(content['rank'])}"
         raise ValueError(f"{problem}: {found} are impossible. {way_out}")
-    if content["anchored"] != INITS[content["init"]].anchored:
+    # The other way round is an adapter whose A is frozen.
+    if content["anchored"] and not INITS[content["init"]].anchored:
         raise ValueError(
             f"{problem}: anchored={content['anchored']!r} contradicts init={content['init']!r}. {way_out}"
         )

@@ -42,6 +42,7 @@ def require_resumable(folder: str | os.PathLike[str], model: nn.Module) -> None:
     for what, theirs, ours in (
         ("init", found.init, expected.init),
         ("rank", found.rank, expected.rank),
+        ("anchored", found.anchored, expected.anchored),
         ("base", found.base, base),
     ):
         if theirs != ours:

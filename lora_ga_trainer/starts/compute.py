@@ -145,7 +145,7 @@ class _Starter:
         if action.is_plain:
             return None, self._report(layer, name, action, scale=0.0)
         on_device = None if weight is None else weight.to(top.S.device, torch.float32)
-        factors = self.init.factors(
+        B0, A0 = self.init.factors(
             LayerGradient(
                 top=top,
                 r=layer.rank,
@@ -158,7 +158,10 @@ class _Starter:
                 moments=self.estimate.moments.get(layer.name),
             )
         )
-        return factors, self._report(layer, name, action, torch.linalg.vector_norm(factors[1], dim=1).max().item())
+        if self.init.anchored and not self.config.anchored:
+            # A is frozen, so the change `s (B - B0) A0` of an anchored adapter is that of a plain one from B = 0.
+            B0 = torch.zeros_like(B0)
+        return (B0, A0), self._report(layer, name, action, torch.linalg.vector_norm(A0, dim=1).max().item())
 
     def _action(self, layer: AdaptedLayer, top: TopSVD) -> Action:
         if layer.name in self.estimate.unreached:

@@ -20,7 +20,6 @@ from ..config import LoRAGAConfig
 from ..engines.support import require_supported
 from ..gradients.probe_file import require_probe_folder
 from ..gradients.rollouts import require_repeatable
-from ..maths.inits import INITS
 from ..saving.fingerprint import fingerprint_base
 from ..saving.record import RecordedLoraConfig, StartRecord, attach_record, plain_config, record_of_model
 
@@ -103,7 +102,7 @@ def prepare_adapter(model: nn.Module, config: LoRAGAConfig, optimizer: torch.opt
     _require_plain_start(adapter, host.config, layers)
     _require_plain_step(adapter, layers)
     _require_own_factors(layers)
-    if optimizer is not None and INITS[config.init].anchored:
+    if optimizer is not None and config.anchored:
         raise ValueError(
             "An optimizer exists already; it would keep training parameters that an anchored adapter replaces. Pass "
             "`optimizer_cls_and_kwargs=` instead of `optimizers=`, or make the trainer before the optimizer."
@@ -112,7 +111,7 @@ def prepare_adapter(model: nn.Module, config: LoRAGAConfig, optimizer: torch.opt
     record = StartRecord(
         init=config.init,
         rank=host.config.r,
-        anchored=INITS[config.init].anchored,
+        anchored=config.anchored,
         base=fingerprint_base(model, layers),
     )
     host.replace_config(attach_record(host.config, record, host))
@@ -196,6 +195,11 @@ def _require_same_start(adapter: str, record: StartRecord, config: LoRAGAConfig)
         raise ValueError(
             f"Adapter {adapter!r} was {happened} init={record.init!r}, the config asks for {config.init!r}. Continue "
             f"it with LoRAGAConfig(init={record.init!r}), or make a new adapter."
+        )
+    if record.anchored != config.anchored and not record.initialised:
+        raise ValueError(
+            f"Adapter {adapter!r} was prepared, by a trainer made before, for train_A={not config.train_A}, the "
+            f"config has train_A={config.train_A}. Use the same here, or make a new adapter."
         )
     if record.initialised:
         logger.info("Adapter %r was initialised before (%s): it continues without a probe.", adapter, record.init)

@@ -22,7 +22,7 @@ class HypercomplexLinear(nn.Module):
 
     Args:
         in_features, out_features: multiples of n.
-        rules: `(n, n, n)`, shared by all adapters of the model.
+        rules: `(n, n, n)`, shared by all adapters of the model, which owns them.
 
     `s` is `(n, out / n, 1)` and `t` is `(n, 1, in / n)`: the second factor of each product has rank 1.
     """
@@ -30,11 +30,17 @@ class HypercomplexLinear(nn.Module):
     def __init__(self, in_features: int, out_features: int, rules: nn.Parameter) -> None:
         super().__init__()
         n, where = len(rules), {"device": rules.device}
-        self.rules = rules
+        # In a tuple, so that the rules are not a parameter of this layer as well: the model owns them, and its
+        # `save_pretrained` refuses a tensor that several names share.
+        self._shared = (rules,)
         self.s = nn.Parameter(torch.randn(n, out_features // n, 1, **where))
         # With rules of variance 1/n, entries of W have variance 1 / in.
         self.t = nn.Parameter(torch.randn(n, 1, in_features // n, **where) / in_features**0.5)
         self.bias = nn.Parameter(torch.zeros(out_features, **where))
+
+    @property
+    def rules(self) -> nn.Parameter:
+        return self._shared[0]
 
     @property
     def weight(self) -> Tensor:  # (out, in)
@@ -80,4 +86,5 @@ def add_compacter(model: nn.Module, config: LoraConfig, samples: Samples) -> nn.
     rules = nn.Parameter(torch.randn(PARTS, PARTS, PARTS, device=device) / PARTS**0.5)
     bottleneck = -(-3 * config.r // PARTS) * PARTS
     replace_layers(model, names, lambda name, layer: WithCompacter(layer, layer.out_features, bottleneck, rules))
+    model.compacter_rules = rules
     return model

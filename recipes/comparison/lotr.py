@@ -16,8 +16,8 @@ class LoTRLinear(nn.Module):
 
     Args:
         base_layer: frozen, from in to out features.
-        left: `(out, r)`, shared by all layers of a kind.
-        right: `(r, in)`, shared as well.
+        left: `(out, r)`, shared by all layers of a kind and owned by the model.
+        right: `(r, in)`, likewise.
         scale: alpha over r.
 
     The core `(r, r)` is the layer's own. It starts at 0, so the function is that of the base.
@@ -26,9 +26,19 @@ class LoTRLinear(nn.Module):
     def __init__(self, base_layer: nn.Module, left: nn.Parameter, right: nn.Parameter, scale: float) -> None:
         super().__init__()
         self.base_layer, self.scale = base_layer, scale
-        self.lotr_left, self.lotr_right = left, right
+        # In a tuple, so that the factors are not parameters of this layer as well: the model owns them, and its
+        # `save_pretrained` refuses a tensor that several names share.
+        self._shared = left, right
         r = left.shape[1]
         self.lotr_core = nn.Parameter(torch.zeros(r, r, device=left.device))
+
+    @property
+    def lotr_left(self) -> nn.Parameter:
+        return self._shared[0]
+
+    @property
+    def lotr_right(self) -> nn.Parameter:
+        return self._shared[1]
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base_layer(x)
@@ -55,4 +65,5 @@ def add_lotr(model: nn.Module, config: LoraConfig, samples: Samples) -> nn.Modul
         return LoTRLinear(layer, *shared[kind], config.lora_alpha / config.r)
 
     replace_layers(model, names, make)
+    model.lotr_factors = nn.ParameterList(factor for pair in shared.values() for factor in pair)
     return model

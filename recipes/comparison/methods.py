@@ -20,6 +20,7 @@ from comparison.starts import (
     reallocate_ranks,
     start_by_eva,
     start_by_peft_lora_ga,
+    step_by_peft_lora_fa,
     turn_at_random,
 )
 
@@ -38,6 +39,8 @@ class Method:
         rate_factor: the sweep begins with the common rates times this.
         correctable: whether a LoRA-Pro correction can go with it: its pairs must be plain or anchored LoRA.
         after_start: adds a callback that runs after the start is written.
+        resumes: whether a checkpoint holds all that its training needs. Where it does not, none is made, and a run
+            that was cut off begins anew.
     """
 
     about: str
@@ -48,6 +51,7 @@ class Method:
     rate_factor: float = 1.0
     correctable: bool = True
     after_start: Callable[[Trainer], None] | None = None
+    resumes: bool = True
 
     def make(self, model: nn.Module, lora: LoraArguments, task: str, samples: Samples) -> nn.Module:
         """Return `model` with this method on it."""
@@ -129,13 +133,25 @@ METHODS = {
         correctable=False,
     ),
     "dora": Method("DoRA, arXiv 2402.09353", _add_lora, lora={"use_dora": True}),
-    "adalora": Method("AdaLoRA, arXiv 2303.10512", _add_adalora, correctable=False, after_start=reallocate_ranks),
+    "adalora": Method(
+        "AdaLoRA, arXiv 2303.10512",
+        _add_adalora,
+        correctable=False,
+        after_start=reallocate_ranks,
+        resumes=False,  # PEFT saves pruned factors, which fit no new adapter, and not what the pruning goes by
+    ),
     "pissa": Method("PiSSA, arXiv 2404.02948", _make_peft_start("pissa")),
     "olora": Method("OLoRA, arXiv 2406.01775", _make_peft_start("olora")),
     "eva": Method("EVA, arXiv 2410.07170", start_by_eva),
     "randlora": Method("RandLoRA, arXiv 2502.00987, PEFT's defaults", _make_tuner(RandLoraConfig), correctable=False),
     "lokr": Method("LoKr (Kronecker factors), arXiv 2309.14859", _make_tuner(LoKrConfig), correctable=False),
-    "lotr": Method("LoTR (one tensor for like layers), arXiv 2402.01376", add_lotr, correctable=False),
+    "lotr": Method(
+        "LoTR (one tensor for like layers), arXiv 2402.01376",
+        add_lotr,
+        # Outer factors of variance 1 let a step of the cores move a weight some hundred times as far as LoRA's step.
+        rate_factor=0.01,
+        correctable=False,
+    ),
     "compacter": Method("Compacter (hypercomplex adapters), arXiv 2106.04647", add_compacter, correctable=False),
     "inca": Method(
         "InCA (heads that read frozen activations), arXiv 2303.04105; classification only",
@@ -144,6 +160,19 @@ METHODS = {
     ),
     "asymmetric": Method(
         "asymmetric LoRA, arXiv 2402.16842: A orthogonal at random and frozen", freeze_orthogonal_A, correctable=False
+    ),
+    "frozen_a": Method(
+        "A as PEFT draws it, and frozen: LoRA-FA, arXiv 2308.03303, as its paper trains it",
+        _add_lora,
+        settings={"train_A": False},
+        correctable=False,
+    ),
+    "lora_fa": Method(
+        "LoRA-FA with PEFT's optimizer, which divides the gradient of B by s^2 A A^T",
+        _add_lora,
+        settings={"train_A": False},
+        correctable=False,
+        after_start=step_by_peft_lora_fa,
     ),
     "peft_lora_ga": Method("LoRA-GA as PEFT computes it, on a changed base", start_by_peft_lora_ga),
     "random_orthogonal": Method(

@@ -108,8 +108,8 @@ def run_arm(task: Task, arm: Arm, rate: float, seed: int, points: int, steps: in
     """
     Train one arm from a fresh base.
 
-    A run that was cut off continues from its last complete checkpoint where `save_strategy` leaves any, and begins
-    anew otherwise; the start is made again before the checkpoint is loaded, for arms that change the base.
+    A run that was cut off continues from its last complete checkpoint where `save_strategy` and the method leave any,
+    and begins anew otherwise; the start is made again before the checkpoint is loaded, for arms that change the base.
 
     Args:
         task: what all runs share.
@@ -119,7 +119,8 @@ def run_arm(task: Task, arm: Arm, rate: float, seed: int, points: int, steps: in
     """
     name = "trial" if steps is not None else f"rate{rate:g}_seed{seed}"  # the first run's own may hold checkpoints
     folder = task.folder / "runs" / arm.slug / name
-    args = _make_arguments(task.args, folder, rate, seed, points, steps)
+    shared = task.args if arm.how.resumes else replace(task.args, save_strategy="no")
+    args = _make_arguments(shared, folder, rate, seed, points, steps)
     peak, watch, begin = PeakMemory(), _Stopwatch(), time.perf_counter()
     trainer = build_trainer(task, arm, args)
     trainer.add_callback(watch)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from finetuning.encoding import IGNORED
 from peft import EvaConfig, LoraConfig, LoraGAConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
+from peft.optimizers import create_lorafa_optimizer
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import nn
 from torch.utils.data import Dataset
@@ -173,6 +174,15 @@ def turn_at_random(trainer: Trainer) -> None:
 def drop_ties(trainer: Trainer) -> None:
     """Add the callback of `lora_ga_free`; a folder it saves has a `lora_ga.json` that calls it anchored."""
     trainer.add_callback(_DropTies())
+
+
+def step_by_peft_lora_fa(trainer: Trainer) -> None:
+    """Give the trainer PEFT's LoRA-FA optimizer, an AdamW of its own; `optim` of the arguments is not read."""
+    args, model = trainer.args, trainer.model
+    config = model.peft_config[model.active_adapter]
+    trainer.optimizer = create_lorafa_optimizer(
+        model, r=config.r, lora_alpha=config.lora_alpha, lr=args.learning_rate, weight_decay=args.weight_decay
+    )
 
 
 def reallocate_ranks(trainer: Trainer) -> None:
