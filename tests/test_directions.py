@@ -15,6 +15,7 @@ from torch import nn
 
 from lora_ga_trainer import GradientEstimate, LoRAGAConfig, LoRAGATrainer, find_adapted_layers
 from lora_ga_trainer.gradients.accumulator import ExactGradient
+from lora_ga_trainer.gradients.sketch import sketch_columns
 from lora_ga_trainer.maths import whitening
 from lora_ga_trainer.maths.directions import turned_rows
 from lora_ga_trainer.maths.factors import lora_one_factors
@@ -347,9 +348,22 @@ def test_a_sketch_as_wide_as_the_gradients_rank_gives_the_whitened_start_of_the_
     assert compared >= 8
 
 
-def test_a_sketch_keeps_twice_as_many_columns_for_whitening():
-    from lora_ga_trainer.gradients.sketch import sketch_columns
+def test_a_file_serves_a_whitened_start_if_it_was_written_for_one(tmp_path):
+    file = str(tmp_path / "probe.safetensors")
+    starts = []
+    for _ in range(2):
+        trainer = make(tmp_path, whitening=0.25, probe_file=file)
+        trainer.train()
+        starts.append([layer.stored_A.detach() for layer in find_adapted_layers(trainer.model)])
+    assert all(torch.equal(one, other) for one, other in zip(*starts, strict=True))
+    make(tmp_path, probe_file=file).train()
+    plain = str(tmp_path / "plain.safetensors")
+    make(tmp_path, probe_file=plain).train()
+    with pytest.raises(ValueError, match=r"does not hold the second_moments of layer .*whitening=0\.25.*Delete it"):
+        make(tmp_path, whitening=0.25, probe_file=plain).train()
 
+
+def test_a_sketch_keeps_twice_as_many_columns_for_whitening():
     for init, pairs in (("gradient_directions", 1), ("lora_one", 1), ("lora_ga", 2)):
         assert sketch_columns(LoRAGAConfig(init=init), 8) == 32 * pairs
         assert sketch_columns(LoRAGAConfig(init=init, whitening=0.25), 8) == 64 * pairs

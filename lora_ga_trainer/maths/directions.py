@@ -32,10 +32,10 @@ def turned_rows(
     used = torch.gt(S[:r], torch.finfo(S.dtype).eps * S[0])
     if supported is not None:
         used &= supported[:r].to(used.device)
-    directions = torch.nn.functional.normalize(Vt[:r][used].double().cpu(), dim=1)
+    directions = torch.nn.functional.normalize(Vt[:r][used].cpu().double(), dim=1)
     rows = plain.clone()
     turned = rows[: len(directions)]
-    lengths = torch.linalg.vector_norm(turned.double().cpu(), dim=1, keepdim=True)
+    lengths = torch.linalg.vector_norm(turned.cpu().double(), dim=1, keepdim=True)
     turned.copy_(directions * lengths)
     return rows
 

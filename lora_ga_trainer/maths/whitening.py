@@ -38,10 +38,8 @@ def whiteners(
     w: float,
 ) -> Whiteners:  # fp32
     """Return `D_P` and `D_Q`; moments that are all zero, of a layer that saw nothing, give ones."""
-    scale = lambda moments: (moments.double() / moments.double().mean().clamp_min(1e-300) + DAMPING) ** -w
-    left, right = (
-        scale(moments) if moments.any() else torch.ones_like(moments) for moments in (output_moments, input_moments)
-    )
+    sides = [moments.cpu().double() for moments in (output_moments, input_moments)]
+    left, right = ((side / side.mean() + DAMPING) ** -w if side.any() else torch.ones_like(side) for side in sides)
     return left.float(), right.float()
 
 
@@ -71,7 +69,7 @@ def scale_features(top: TopSVD, by: Whiteners) -> TopSVD:
     P, R_V = torch.linalg.qr(right[:, None] * top.Vt.mT)
     U, S, Vt = torch.linalg.svd(R_U @ (top.S / scale)[:, None].mul(R_V.mT))
     S = S * scale
-    return TopSVD(Q @ U, S, Vt @ P.mT, S.double().square().sum().item())
+    return TopSVD(Q @ U, S, Vt @ P.mT, S.cpu().double().square().sum().item())
 
 
 def energy_left_out(
@@ -86,8 +84,8 @@ def energy_left_out(
     `|| D_P R w ||^2 / h` and `|| D_Q R^T z ||^2 / h` estimate the energy with one side whitened, without bias. Their
     product over `|| R ||^2` is that with both if the energy of `R` is that of its row times that of its column.
     """
-    (w, Gw), (z, Gz) = ((part.double() for part in side) for side in (columns, rows))
-    U, S, Vt = (part.double() for part in top[:3])
+    (w, Gw), (z, Gz) = ((part.cpu().double() for part in side) for side in (columns, rows))
+    U, S, Vt = (part.cpu().double() for part in top[:3])
     left, right = (side.to(U) for side in by)
     Rw, Rz = Gw - U @ (S[:, None] * (Vt @ w)), Gz - Vt.mT @ (S[:, None] * (U.mT @ z))
     total = (Rw.square().sum() + Rz.square().sum()) / 2
