@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from .maths.inits import INITS
 from .maths.ranks import DEFAULT_RULE, RULES
+from .maths.whitening import MOST
 from .optimizers.adamw import STATE_DTYPES
 from .optimizers.registry import OPTIMIZERS, ChosenOptimizer, OptimizerEntry, corrections
 
@@ -91,10 +92,17 @@ class LoRAGAConfig:
             as from plain LoRA's start; 'weight_svd': mean of sqrt(S_W[:r]/s) over the singular values of the base
             weight.
         gamma: The larger, the shorter the start. Default: 16 for LoRA-GA, 128 for LoRA-One (the papers').
+        whitening: Exponent w, from 0 to 0.5, of (P + .01)^-w G (Q + .01)^-w, whose directions are taken instead of
+            those of the gradient G. P and Q are mean squares of the output-gradients and inputs by feature, each
+            divided by its mean. A sketch then keeps twice as many columns. LoRA-One maps the result back, see
+            docs/maths.md.
+        supported_only: gradient_directions: take singular vectors of one half of the samples, and of these only the
+            ones that the other half has by two standard errors; the other rows of A stay as PEFT drew them. Needs
+            estimator='exact'.
         estimator: 'sketch' keeps small products of the gradient with test matrices; 'exact' keeps all of it in fp32.
             Layers for which the exact form is smaller than the sketch use it by themselves.
-        sketch_size: Columns k of the sketch, at least as many as the init uses directions: 2r for LoRA-GA, r for
-            LoRA-One. Default: 4 times as many, at the largest rank;
+        sketch_size: Columns k of the sketch, at least as many as the init uses directions: 2r for LoRA-GA, r for the
+            others, twice that with whitening. Default: 4 times as many, at the largest rank;
             lora_ga_trainer.gradients.sketch says what each size keeps.
         min_energy_kept: Share of the energy of the gradient's best directions that a sketch has to keep, of the first
             r and of the next r. A layer that by the sketch's own estimate keeps less is seen in a second pass over the
@@ -151,6 +159,8 @@ class LoRAGAConfig:
     direction: str = "ArB2r"
     scale: str = "stable"
     gamma: float | None = None
+    whitening: float = 0.0
+    supported_only: bool = False
     estimator: str = "sketch"
     sketch_size: int | None = None
     min_energy_kept: float | None = 0.9
@@ -213,13 +223,15 @@ class LoRAGAConfig:
                 f"LoRAGAConfig: min_energy_kept={share!r} must be a number greater than 0, at most 1, or None, which "
                 "looks at no layer twice."
             )
-        for name in ("allow_unreached", "find_learning_rate", "lora_pro_offload_state", "train_A"):
+        switches = ("supported_only", "allow_unreached", "find_learning_rate", "lora_pro_offload_state", "train_A")
+        for name in switches:
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"LoRAGAConfig: {name}={getattr(self, name)!r} must be True or False.")
         if not isinstance(self.probe_file, (str, type(None))):
             raise ValueError(f"LoRAGAConfig: probe_file={self.probe_file!r} must be a path as a string, or None.")
 
         self._require_read_fields()
+        self._require_sound_directions()
         self._require_planned_ranks()
         self._require_one_optimizer()
         self._require_sound_dropout()
@@ -245,13 +257,30 @@ class LoRAGAConfig:
         fields = self.__dataclass_fields__
         # Files of settings name a gamma, and `--init none` beside them is a comparison with plain LoRA.
         given = {"gamma": self.init != "none" and not isinstance(self.gamma, _DefaultGamma)}
-        given.update((name, getattr(self, name) != fields[name].default) for name in ("direction", "scale"))
+        for name in ("direction", "scale", "whitening", "supported_only"):
+            given[name] = getattr(self, name) != fields[name].default
         for name, is_given in given.items():
             if is_given and name not in read:
                 raise ValueError(
                     f"LoRAGAConfig: {name}={getattr(self, name)!r} would do nothing with init={self.init!r}, which "
                     "does not read it. Leave it out, or choose an init that does."
                 )
+
+    def _require_sound_directions(self) -> None:
+        w = self.whitening
+        if type(w) not in (int, float) or not 0 <= w <= MOST:
+            raise ValueError(f"LoRAGAConfig: whitening={w!r} must be a number from 0 to {MOST}.")
+        if self.supported_only and self.probe_file is not None:
+            raise ValueError(
+                "LoRAGAConfig: supported_only=True asks two halves of the samples, and a probe_file holds one "
+                "gradient of all. Leave one of them out."
+            )
+        if self.supported_only and self.estimator != "exact":
+            raise ValueError(
+                f"LoRAGAConfig: supported_only=True takes its error from whole gradients, and estimator="
+                f"{self.estimator!r} keeps their strongest directions. Set estimator='exact', which keeps the "
+                "gradients of two halves: 8 bytes for each number of every adapted weight."
+            )
 
     def _require_planned_ranks(self) -> None:
         """Refuse a field about planned ranks where none are planned: it would do nothing."""

@@ -160,6 +160,7 @@ def trained(engine: str, folder: Path, name: str, lora_ga: dict[str, Any], **cha
         "samples": report.samples,
         "items": report.items,
         "sketched": sum(layer.sketched for layer in report.layers),
+        "supported": [layer.directions_supported for layer in report.layers],
         "base": record_of_model(trainer.accelerator.unwrap_model(trainer.model)).base,
     }
 
@@ -313,6 +314,22 @@ def moments_part(engine: str, folder: Path) -> dict[str, Any]:
     return {"start": found["start"], "layers seen": len(seen), "processes": found["processes"]}
 
 
+def directions_part(engine: str, folder: Path) -> dict[str, Any]:
+    """Turn the rows of `A` along whitened directions: of sketches, and those that half of the samples support."""
+    found = {}
+    # Few words, so that what one half of the samples says the other half says, too.
+    rows = [
+        {**row, **{key: row[key] % 5 for key in ("input_ids", "labels")}} for row in tiny.causal_rows(16, ragged=False)
+    ]
+    for name, config in (
+        ("sketch", {"num_samples": 16, "sketch_size": 8, "min_energy_kept": None}),
+        ("halves", {"num_samples": 16, "estimator": "exact", "supported_only": True}),
+    ):
+        config |= {"init": "gradient_directions", "whitening": 0.25}
+        found[name] = trained(engine, folder, f"directions-{name}", config, rows=rows, max_steps=1)
+    return found
+
+
 KINDS = {"kinds": ["patches", "attention", "head"], "convolutions": ["patches", "head"]}
 
 
@@ -429,6 +446,7 @@ PARTS = {
     "kinds": functools.partial(kinds_part, part="kinds"),
     "convolutions": functools.partial(kinds_part, part="convolutions"),
     "moments": moments_part,
+    "directions": directions_part,
     "embedding": embedding_part,
     "killed": killed_part,
     "resumed": resumed_part,

@@ -120,6 +120,25 @@ def lora_one_reference(G, r, gamma=128.0):  # -> (out, r), (r, in)
     return B0, A0
 
 
+def whiteners_reference(x, dy, w, damping=0.01):  # x (N, in), dy (N, out) -> D_P (out, out), D_Q (in, in)
+    """Return `(P + l)^-w` and `(Q + l)^-w`: mean squares by feature, divided by their mean, on a diagonal."""
+    diagonals = []
+    for rows in (dy.double(), x.double()):
+        squares = [sum(float(row[j]) ** 2 for row in rows) / len(rows) for j in range(rows.shape[1])]
+        mean = sum(squares) / len(squares)
+        diagonals.append(torch.diag(torch.tensor([(v / mean + damping) ** -w for v in squares], dtype=torch.float64)))
+    return diagonals
+
+
+def turned_rows_reference(G, plain):  # G (out, in), plain (r, in) -> (r, in)
+    """Return rows along the right singular vectors of `G`, strongest first, as long as the plain ones."""
+    rows = torch.zeros_like(plain, dtype=torch.float64)
+    _, _, Vt = torch.linalg.svd(G.double())
+    for i in range(len(plain)):
+        rows[i] = Vt[i] / Vt[i].norm() * plain[i].double().norm()
+    return rows
+
+
 def lora_ga_offset_training(W, B0, A0, s, loss, n, lr=1e-3, betas=(0.9, 0.999), eps=1e-8):  # -> W_eff (out, in)
     """Train LoRA-GA on a changed base and return the net weight after `n` steps.
 

@@ -32,6 +32,7 @@ import fidelity
 import gpu
 import lora_pro
 import order
+import whitened
 from cost_models import MODELS
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer
@@ -359,6 +360,16 @@ def test_fidelity_compares_a_sketch_with_autograds_gradient_of_the_same_samples(
         estimate = fidelity.sketched_gradients(model, batches, [8], 1)[8]
     (G,) = [e.state()["G"] for name, e in estimate.estimators.items() if name.endswith("1.self_attn.q_proj")]
     torch.testing.assert_close(G * estimate.items, exact_G, rtol=1e-4, atol=1e-6)
+
+
+def test_a_sketch_as_wide_as_the_rank_keeps_all_whitened_directions():
+    """Two rows of five tokens make gradients of rank 8. What is not whitened holds less."""
+    rows = whitened.rows_of(torch.arange(10) % tiny.VOCABULARY, 2, 5)
+    found = whitened.compare(tiny.llama(hidden_size=128, intermediate_size=160), rows, 0.5, [10], 1)
+    assert len(found["not whitened"]) == 10
+    assert len(found["10"]) >= 6
+    assert all(values == pytest.approx((1, 1), abs=1e-3) for values in found["10"])
+    assert min(energy for _, energy in found["not whitened"]) < 0.99
 
 
 def test_the_order_of_the_probe_decides_which_rows_it_sees(monkeypatch):

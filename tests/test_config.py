@@ -28,9 +28,9 @@ def test_gamma_follows_the_init_unless_it_is_given(init, gamma):
 @pytest.mark.parametrize(
     ("name", "value", "way_out"),
     [
-        ("init", "pissa", "lora_ga, lora_one, none"),
-        ("init", "LoRA_GA", "lora_ga, lora_one, none"),
-        ("init", None, "lora_ga, lora_one, none"),
+        ("init", "pissa", "lora_ga, lora_one, gradient_directions, none"),
+        ("init", "LoRA_GA", "lora_ga, lora_one, gradient_directions, none"),
+        ("init", None, "lora_ga, lora_one, gradient_directions, none"),
         ("direction", "ArB3r", "ArB2r, A2rBr, ArBr, random"),
         ("scale", "huge", "stable, unit, gd, matched, weight_svd"),
         ("estimator", "svd", "sketch, exact"),

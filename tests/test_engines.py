@@ -30,6 +30,7 @@ from engine_run import (
     STEPS,
     Picture,
     bare_part,
+    directions_part,
     embedding_part,
     frozen_part,
     main_part,
@@ -270,6 +271,35 @@ def test_second_moments_are_those_of_all_processes(folder: Path) -> None:
         assert torch.equal(both[0]["start"][name], both[1]["start"][name])
         gram = value.T @ value
         assert (both[0]["start"][name].T @ both[0]["start"][name] - gram).norm() <= 1e-4 * gram.norm(), name
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", *ZERO])
+def test_all_processes_turn_the_rows_alike(kind: str, folder: Path) -> None:
+    """As one process does, too. Sketches turn after other samples there, so of them only lengths and zeros are."""
+    ended = launch(kind, "directions", folder)
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    single = directions_part("single", folder)
+    ours, other = (torch.load(folder / kind / f"directions-{rank}.pt", weights_only=False) for rank in range(2))
+    for part, one in single.items():
+        found = ours[part]
+        assert (found["processes"], found["samples"]) == (2, 16)
+        assert bool(found["sketched"]) == (part == "sketch")
+        assert found["supported"] == one["supported"]
+        assert part == "sketch" or sum(one["supported"]) > len(one["supported"])
+        for name, value in one["start"].items():
+            rows = found["start"][name]
+            assert torch.equal(rows, other[part]["start"][name]), name
+            if "lora_B" in name:
+                assert not rows.any()
+            elif kind == "ddp":
+                torch.testing.assert_close(rows.norm(dim=1), value.norm(dim=1), rtol=1e-6, atol=0)
+        if part == "halves" and kind == "ddp":
+            names = [name for name in one["start"] if "lora_A" in name]
+            for name, supported in zip(names, one["supported"], strict=True):
+                rows, expected = found["start"][name].double(), one["start"][name].double()
+                cosines = torch.nn.functional.cosine_similarity(rows, expected, dim=1).abs()
+                assert (cosines > 1 - 1e-4).all(), name
+                assert torch.equal(rows[supported:], expected[supported:]), name
 
 
 @pytest.mark.parametrize("kind", ["ddp", *ZERO])

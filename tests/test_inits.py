@@ -61,7 +61,9 @@ def test_a_run_with_it_continues_where_it_stopped(tmp_path, named):
 
 
 def test_a_start_that_is_not_there_is_refused_with_those_that_are():
-    with pytest.raises(ValueError, match=r"init='top_rows' is unknown\. Choose one of lora_ga, lora_one, none"):
+    with pytest.raises(
+        ValueError, match=r"init='top_rows' is unknown\. Choose one of lora_ga, lora_one, gradient_directions, none"
+    ):
         LoRAGAConfig(init="top_rows")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from transformers import set_seed
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "studies"))
@@ -21,7 +22,7 @@ import lora_pro_from_zero
 import ranks
 import rival_rules as rivals
 
-from lora_ga_trainer import find_adapted_layers
+from lora_ga_trainer import LoRAGAConfig, LoRAGATrainer, find_adapted_layers
 
 
 def rows_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, list[str]]:
@@ -46,6 +47,24 @@ def test_from_zero_a_correction_moves_A_as_the_rate_lets_it(
     )
     moved = {correction: float(change.split()[0]) for correction, (_, change) in found.items()}
     assert moved["lora_pro"] == pytest.approx(moved["none"], rel=0.25)
+
+
+def test_the_study_of_directions_turns_the_rows_as_the_init_does(tmp_path: Path) -> None:
+    """Its arms are prototypes, which take fp64 gradients with hooks of their own."""
+    study = directions.Study(tmp_path / "found.json", "manual", 2, 1)
+    for arm, w in (("w=0", 0.0), ("w=.25", 0.25), ("w=.5", 0.5)):
+        by_hand = study._trainer(arm, 8, 0.0, 3).model
+        set_seed(3)
+        config = LoRAGAConfig(init="gradient_directions", whitening=w, estimator="exact", probe_seed=3)
+        model = directions.with_lora(study.model(), 8, arm)
+        settings = byte_model.arguments(0.0, 3, 1)
+        LoRAGATrainer(model, settings, train_dataset=study.train_rows, lora_ga_config=config).train()
+        for one, other in zip(find_adapted_layers(by_hand), find_adapted_layers(model), strict=True):
+            A, expected = other.stored_A.detach(), one.stored_A.detach()
+            # The sign of a row is free. Where two singular values lie close, fp32 mixes their directions.
+            cosines = torch.nn.functional.cosine_similarity(A, expected, dim=1).abs()
+            assert cosines.mean() > 0.999, (arm, one.name, cosines)
+            torch.testing.assert_close(A.norm(dim=1), expected.norm(dim=1), rtol=1e-5, atol=0)
 
 
 def test_a_second_run_of_the_study_trains_nothing(

@@ -140,8 +140,9 @@ class MomentSums:
 
 
 def needs_of(config: LoRAGAConfig) -> frozenset[str]:
-    """Return what the init of `config` asks for beside singular pairs."""
-    return INITS[config.init].needs if config.init in INITS else frozenset()
+    """Return what the init of `config`, or its whitening, asks for beside singular pairs."""
+    needs = INITS[config.init].needs if config.init in INITS else frozenset()
+    return needs | {"second_moments"} if config.whitening > 0 else needs
 
 
 def make_moment_sums(config: LoRAGAConfig, layers: Sequence[AdaptedLayer]) -> dict[str, MomentSums]:
@@ -168,8 +169,9 @@ def require_inputs(config: LoRAGAConfig, layers: Sequence[AdaptedLayer]) -> None
     needs = needs_of(config)
     bare = [layer.name for layer in layers if not layer.has_inputs]
     if needs and bare:
+        whitened = f" with whitening={config.whitening}" if config.whitening > 0 else ""
         raise ValueError(
-            f"init={config.init!r} needs {' and '.join(sorted(needs))} of a layer's input and output-gradient. "
-            f"Of {bare[0]}, whose weight PEFT adapts itself, only the gradient can be seen. Leave it out of "
-            "`target_parameters` or `target_modules`, or choose another init."
+            f"init={config.init!r}{whitened} needs {' and '.join(sorted(needs))} of a layer's input and "
+            f"output-gradient. Of {bare[0]}, whose weight PEFT adapts itself, only the gradient can be seen. Leave it "
+            f"out of `target_parameters` or `target_modules`, or choose another {'whitening' if whitened else 'init'}."
         )

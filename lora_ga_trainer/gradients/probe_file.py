@@ -162,13 +162,13 @@ def _require_directions(
         if directions < needed:
             raise ValueError(
                 f"probe_file={config.probe_file!r} holds {directions} directions of layer {layer.name}; "
-                f"init={config.init!r} at rank {layer.rank} needs {needed}. Delete it to probe anew with a larger "
+                f"{_name(config)} at rank {layer.rank} needs {needed}. Delete it to probe anew with a larger "
                 "sketch_size, or name another file."
             )
         if config.sketch_size is None and any(found.sketched and found.directions < columns for found in of_layer):
             raise ValueError(
                 f"probe_file={config.probe_file!r} has sketches of {directions} columns, of layer {layer.name} for "
-                f"one; init={config.init!r} at this rank would use {columns}. Delete it to probe anew, or set the "
+                f"one; {_name(config)} at this rank would use {columns}. Delete it to probe anew, or set the "
                 "same sketch_size in the run that writes it and in those that read it."
             )
 
@@ -188,9 +188,14 @@ def _require_moments(config: LoRAGAConfig, layers: Sequence[AdaptedLayer], momen
         if lacks:
             raise ValueError(
                 f"probe_file={config.probe_file!r} was made for an init that needs less: it does not hold the "
-                f"{' and '.join(sorted(lacks))} of layer {layer.name} that init={config.init!r} needs at rank "
+                f"{' and '.join(sorted(lacks))} of layer {layer.name} that {_name(config)} needs at rank "
                 f"{layer.rank}. Delete it to probe anew, or name another file."
             )
+
+
+def _name(config: LoRAGAConfig) -> str:
+    """Name what decides how much of a gradient is needed."""
+    return f"init={config.init!r}" + (f" with whitening={config.whitening}" if config.whitening > 0 else "")
 
 
 def require_probe_folder(config: LoRAGAConfig) -> None:

@@ -159,13 +159,18 @@ def turning_points(samples: int) -> list[int]:
 
 
 def sketch_columns(config: LoRAGAConfig, rank: int) -> int:
-    """Return k: `config.sketch_size`, by default 4 columns for each direction that the init uses."""
+    """Return k: `config.sketch_size`, by default 4 columns for each of [`directions_used`]."""
     return 4 * directions_used(config, rank) if config.sketch_size is None else config.sketch_size
 
 
 def directions_used(config: LoRAGAConfig, rank: int) -> int:
-    """Return how many singular pairs of `G` the init uses at this rank; the most that any may where it is none."""
-    return rank * (INITS[config.init].pairs if config.init in INITS else 2)
+    """
+    Return how many singular pairs of `G` the init uses at this rank; the most that any may where it is none.
+
+    Whitening uses twice as many: what is strong after it may be weak before, see `lora_ga_trainer.starts.directions`.
+    """
+    used = rank * (INITS[config.init].pairs if config.init in INITS else 2)
+    return 2 * used if config.whitening > 0 else used
 
 
 def is_sketched(shape: tuple[int, int], k: int) -> bool:

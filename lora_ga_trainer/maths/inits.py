@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .directions import turned_rows
 from .factors import lora_ga_factors, lora_one_factors
 from .recovery import TopSVD
+from .whitening import Whiteners, scale_features
 
 
 # What an init can ask for beside singular pairs: mean squares of the layer's input and output-gradient per feature, or
@@ -30,13 +32,17 @@ class LayerGradient:
     Everything that an init gets to see of one weight.
 
     Args:
-        top: the top `min(pairs * r, out, in)` singular pairs of `G`, none of them zero altogether.
+        top: the top `min(pairs * r, out, in)` singular pairs of `G`, none of them zero altogether; with whitening
+            those of `D_P G D_Q`.
         r: rank of the factors.
         s: PEFT's `scaling`.
         gamma, direction, scale: of the config, `gamma` with its default filled in.
         generator: of whatever is drawn, the same on every process.
         weight_singular_values: of `W`, descending; `None` unless the config's scale asks for them.
         moments: what `Init.needs` asks for; `None` where it asks for nothing.
+        whiteners: `D_P (out,)` and `D_Q (in,)`, see `maths.whitening`; `None` without whitening.
+        plain_rows: the rows of `A` that PEFT has drawn, for an init that keeps their lengths, else `None`.
+        supported: which pairs of `top` the other half of the samples has; `None` where it was not asked.
     """
 
     top: TopSVD
@@ -48,6 +54,9 @@ class LayerGradient:
     generator: torch.Generator
     weight_singular_values: Tensor | None = None  # (min(out, in),)
     moments: Any = None
+    whiteners: Whiteners | None = None
+    plain_rows: Tensor | None = None  # (r, in), fp32
+    supported: Tensor | None = None  # (k,), bool
 
 
 @dataclass(frozen=True)
@@ -64,8 +73,9 @@ class Init:
         pairs: singular pairs of `G` that it uses for each unit of rank, at most 2.
         factors: makes `B0 (out, r)`, `A0 (r, in)` from what the probe saw of a weight.
         needs: what it asks for beside singular pairs, of [`NEEDS`]; nothing else is gathered.
-        reads: fields of the config that it reads, of `gamma`, `direction` and `scale`. Any other one is refused where
-            it is set.
+        reads: fields of the config that it reads, of `gamma`, `direction`, `scale`, `whitening` and `supported_only`.
+            Any other one is refused where it is set.
+        turns_rows: whether it needs the rows of `A` that PEFT has drawn.
     """
 
     about: str
@@ -75,6 +85,7 @@ class Init:
     factors: Callable[[LayerGradient], Factors]
     needs: frozenset[str] = frozenset()
     reads: frozenset[str] = frozenset({"gamma"})
+    turns_rows: bool = False
 
     def __post_init__(self) -> None:
         unknown = self.needs - set(NEEDS)
@@ -98,8 +109,15 @@ def _lora_ga(gradient: LayerGradient) -> Factors:
 
 
 def _lora_one(gradient: LayerGradient) -> Factors:
-    U, S, Vt = gradient.top.U, gradient.top.S, gradient.top.Vt
-    return lora_one_factors(U, S, Vt, gradient.r, gamma=gradient.gamma, generator=gradient.generator)
+    # The start is a step of the weight, so what was found in whitened coordinates is mapped back.
+    top = gradient.top if gradient.whiteners is None else scale_features(gradient.top, gradient.whiteners)
+    return lora_one_factors(top.U, top.S, top.Vt, gradient.r, gamma=gradient.gamma, generator=gradient.generator)
+
+
+def _gradient_directions(gradient: LayerGradient) -> Factors:
+    top, plain = gradient.top, gradient.plain_rows
+    assert plain is not None
+    return top.U.new_zeros(len(top.U), gradient.r), turned_rows(top.S, top.Vt, plain, gradient.supported)
 
 
 INITS = {
@@ -109,7 +127,23 @@ INITS = {
         anchored=True,
         pairs=2,
         factors=_lora_ga,
-        reads=frozenset({"gamma", "direction", "scale"}),
+        reads=frozenset({"gamma", "direction", "scale", "whitening"}),
     ),
-    "lora_one": Init("LoRA-One, arXiv 2502.01235", default_gamma=128.0, anchored=False, pairs=1, factors=_lora_one),
+    "lora_one": Init(
+        "LoRA-One, arXiv 2502.01235",
+        default_gamma=128.0,
+        anchored=False,
+        pairs=1,
+        factors=_lora_one,
+        reads=frozenset({"gamma", "whitening"}),
+    ),
+    "gradient_directions": Init(
+        "B = 0 and the rows of A that PEFT draws, turned along the top right singular vectors of the gradient",
+        default_gamma=1.0,
+        anchored=False,
+        pairs=1,
+        factors=_gradient_directions,
+        reads=frozenset({"whitening", "supported_only"}),
+        turns_rows=True,
+    ),
 }

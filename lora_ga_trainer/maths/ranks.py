@@ -128,8 +128,18 @@ def confirm(
     first: Tensor,  # (out, in)
     second: Tensor,  # (out, in)
 ) -> tuple[Tensor, Tensor]:  # (k,), (k,), k = min(out, in)
+    """Ask one half of the samples about the singular directions of the other, in fp64; see [`confirm_directions`]."""
+    U, _, Vt = torch.linalg.svd(first.double(), full_matrices=False)
+    return confirm_directions(U, Vt, second.double())
+
+
+def confirm_directions(
+    U: Tensor,  # (out, k)
+    Vt: Tensor,  # (k, in)
+    second: Tensor,  # (out, in)
+) -> tuple[Tensor, Tensor]:  # (k,), (k,)
     """
-    Ask one half of the samples about the singular directions `u_j`, `v_j` of the other, in fp64.
+    Ask one half of the samples, `G2`, about the singular directions `u_j`, `v_j` of the other, all of them.
 
     Returns:
         `u_j^T G2 v_j`, which noise of the second half makes neither larger nor smaller, and their standard errors.
@@ -138,8 +148,7 @@ def confirm(
         signal turn with the noise of the first half, which doubles the variance of their row and of their column. So
         their errors come out up to twice too large, and the rule is careful.
     """
-    U, _, Vt = torch.linalg.svd(first.double(), full_matrices=False)
-    seen = U.mT @ second.double() @ Vt.mT
+    seen = U.mT @ second @ Vt.mT
     k = len(seen)
     squares = seen.square().fill_diagonal_(0)
     rows, columns = squares.sum(1) / max(k - 1, 1), squares.sum(0) / max(k - 1, 1)

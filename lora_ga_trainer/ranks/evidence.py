@@ -20,6 +20,7 @@ from ..gradients.accumulator import ExactGradient
 from ..gradients.borrow import borrowed
 from ..gradients.estimate import GradientEstimate
 from ..gradients.failing import failing_together
+from ..gradients.halves import estimate_halves
 from ..gradients.order import probe_order
 from ..gradients.probe import estimate_gradients
 from ..gradients.samples import count_items, mean_loss, micro_batches
@@ -83,10 +84,8 @@ def _from_halves(
     costs: Sequence[int],
     probe_dataset: Dataset | None,
 ) -> tuple[list[LayerEvidence], int]:
-    """Probe twice, on other samples each time. Both sums are linear in the samples, so both together are the whole."""
-    half = replace(config, num_samples=-(-config.num_samples // 2), estimator="exact", sketch_size=None)
-    first = estimate_gradients(trainer, half, layers, probe_dataset)
-    second = estimate_gradients(trainer, half, layers, probe_dataset, skip=first.samples)
+    """Probe twice, see [`estimate_halves`]. Sums are linear in the samples, so both halves together are the whole."""
+    first, second = estimate_halves(trainer, config, layers, probe_dataset)
     items = first.items + second.items
     evidence = []
     for layer, cost in zip(layers, costs, strict=True):

@@ -13,6 +13,7 @@ from transformers import Trainer
 
 from ..adapters.anchor import expand_adapter, halve_adapter
 from ..adapters.attention import passed_by_in_eval
+from ..adapters.embedding import AdaptedEmbedding
 from ..adapters.find import find_adapted_layers, find_lora_layers, is_trained
 from ..adapters.host import AdapterHost, require_adapter
 from ..adapters.layer import AdaptedLayer
@@ -102,6 +103,8 @@ def prepare_adapter(model: nn.Module, config: LoRAGAConfig, optimizer: torch.opt
     _require_plain_start(adapter, host.config, layers)
     _require_plain_step(adapter, layers)
     _require_own_factors(layers)
+    if INITS[config.init].turns_rows:
+        _require_drawn_rows(config, layers)
     if optimizer is not None and config.anchored:
         raise ValueError(
             "An optimizer exists already; it would keep training parameters that an anchored adapter replaces. Pass "
@@ -171,6 +174,16 @@ def _require_plain_step(adapter: str, layers: list[AdaptedLayer]) -> None:
                 f"Adapter {adapter!r} is a variant of LoRA, {layer.variant} (layer {layer.name}), whose forward pass "
                 "is not `W + s B A`. A gradient-aligned start is defined for plain LoRA and DoRA: leave the variant "
                 "out of the LoraConfig, or use LoRAGAConfig(init='none')."
+            )
+
+
+def _require_drawn_rows(config: LoRAGAConfig, layers: list[AdaptedLayer]) -> None:
+    """Refuse embeddings, of which PEFT draws `B` and leaves `A` zero: there is no row to turn."""
+    for layer in layers:
+        if isinstance(layer, AdaptedEmbedding):
+            raise ValueError(
+                f"Layer {layer.name}: init={config.init!r} turns the rows of A that PEFT draws, and those of an "
+                "embedding are zero. Leave it out of `target_modules`, or choose another init."
             )
 
 

@@ -23,12 +23,13 @@ class Action(str, Enum):
     PADDED = "initialised, padded with a plain start: r > min(out, in)"
     ZERO_GRADIENT = "plain start: zero gradient"
     UNREACHED = "plain start: never reached by the loss"
+    UNSUPPORTED = "plain start: the other half of the samples supports no direction"
     FROZEN = "plain start: frozen when training began"
 
     @property
     def is_plain(self) -> bool:
         """Whether the layer was left at PEFT's own start."""
-        return self in (Action.ZERO_GRADIENT, Action.UNREACHED, Action.FROZEN)
+        return self in (Action.ZERO_GRADIENT, Action.UNREACHED, Action.UNSUPPORTED, Action.FROZEN)
 
     def __str__(self) -> str:
         return self.value
@@ -46,9 +47,10 @@ class LayerReport:
         name: inside the base model.
         shape: `(out, in)` of the weight.
         rank: r of the factors that learn.
-        scale: length c of the rows of `A0` and columns of `B0`; for LoRA-One the length of the first one.
+        scale: length c of the rows of `A0` and columns of `B0`; where they differ, that of the longest row of `A0`.
         singular_values: of the gradient of the weight, descending; as many as the init uses, at most
-            `min(2r, out, in)`. None of a layer that was frozen.
+            `min(2r, out, in)`. None of a layer that was frozen. These and the shares are of the whitened gradient
+            where the config whitens, and of one half of the samples with `supported_only`.
         energy_share_r: share of `||G||^2` that the top r directions hold.
         energy_share_2r: share of `||G||^2` that the top 2r directions hold; `None` for an init that uses r only.
         energy_kept: the smaller one of `energy_kept_r` and `energy_kept_next_r`.
@@ -61,9 +63,13 @@ class LayerReport:
             function). The adapter and the start are about the use by this layer alone.
         energy_kept_r: what the estimated directions 1 to r hold of the energy that the best r hold, on the worse side
             of the weight, as the estimator itself judges it; 1 for an exact one.
-        energy_kept_next_r: the same of directions r + 1 to 2r; `None` for an init that uses r only.
+        energy_kept_next_r: the same of the further directions that the start uses, r + 1 to 2r, with whitening up to
+            twice as many as without; `None` where it uses r only. Of a sketch both are figures of the gradient before
+            it is whitened.
         seen_twice: whether the layer had kept less than `min_energy_kept` and was seen in a second pass. What the
             report says of it is what it keeps since.
+        directions_supported: how many of the `directions_asked` strongest directions of one half of the samples the
+            other half has, by two standard errors; of experts the sum. `None` where it was not asked.
     """
 
     name: str
@@ -82,6 +88,12 @@ class LayerReport:
     energy_kept_r: float = 1.0
     energy_kept_next_r: float | None = None
     seen_twice: bool = False
+    directions_supported: int | None = None
+
+    @property
+    def directions_asked(self) -> int:
+        """How many directions the layer has room for, of all experts together."""
+        return self.experts * min(self.rank, *self.shape)
 
     @property
     def energy_share(self) -> float:
@@ -93,8 +105,12 @@ def report_experts(name: str, reports: Sequence[LayerReport]) -> LayerReport:
     """Sum up the reports of the experts of one layer."""
     started = [report for report in reports if not report.action.is_plain]
     plain = len(reports) - len(started)
+    counts = [report.directions_supported for report in reports if report.directions_supported is not None]
+    supported = sum(counts) if counts else None
     if not started:
-        return replace(reports[0], name=name, experts=len(reports), experts_plain=plain)
+        return replace(
+            reports[0], name=name, experts=len(reports), experts_plain=plain, directions_supported=supported
+        )
     energies = [[value**2 for value in report.singular_values] for report in started]
     # share = held / total, so each expert's total is what its top directions hold over their share.
     totals = [sum(energy) / report.energy_share for energy, report in zip(energies, started, strict=True)]
@@ -113,6 +129,7 @@ def report_experts(name: str, reports: Sequence[LayerReport]) -> LayerReport:
         ),
         experts=len(reports),
         experts_plain=plain,
+        directions_supported=supported,
     )
 
 
@@ -132,6 +149,7 @@ class GradientReport(DrawnReport):
             where the probe was read from a file.
         layers: one report a layer that the probe looked at, in the model's order, then one a layer of the adapter that
             was frozen when training began and has no start for that reason.
+        whitening: exponent of the config; what the layers say of the gradient is then said of the whitened one.
     """
 
     picture_size = (9, 4.5)
@@ -147,6 +165,7 @@ class GradientReport(DrawnReport):
     loss_before: float | None
     loss_after: float | None
     layers: list[LayerReport]
+    whitening: float = 0.0
 
     def metrics(self) -> dict[str, float]:
         started = [layer for layer in self.layers if not layer.action.is_plain]
@@ -170,6 +189,10 @@ class GradientReport(DrawnReport):
         if fused:
             figures["experts_plain"] = sum(layer.experts_plain for layer in fused)
             figures["experts_initialised"] = sum(layer.experts for layer in fused) - figures["experts_plain"]
+        asked = [layer for layer in self.layers if layer.directions_supported is not None]
+        if asked:
+            figures["directions_supported"] = sum(layer.directions_supported or 0 for layer in asked)
+            figures["directions_asked"] = sum(layer.directions_asked for layer in asked)
         return {f"lora_ga/{name}": value for name, value in figures.items() if value is not None}
 
     def summary(self) -> str:
@@ -181,10 +204,14 @@ class GradientReport(DrawnReport):
         share = ""
         if "lora_ga/energy_share_r" in m:
             top_2r = f", the top 2r {m['lora_ga/energy_share_2r']:.0%}" if "lora_ga/energy_share_2r" in m else ""
+            of = f"whitened (w = {self.whitening:g}) gradient's" if self.whitening else "gradient's"
             share = (
-                f"; the top r directions hold {m['lora_ga/energy_share_r']:.0%} of the gradient's energy{top_2r} (at "
+                f"; the top r directions hold {m['lora_ga/energy_share_r']:.0%} of the {of} energy{top_2r} (at "
                 f"least {m['lora_ga/energy_kept_min']:.1%} of that found)"
             )
+        if "lora_ga/directions_asked" in m:
+            found, asked = m["lora_ga/directions_supported"], m["lora_ga/directions_asked"]
+            share += f"; {self.samples} samples support {found} of {asked} directions"
         twice = f", {m['lora_ga/layers_seen_twice']} of them seen twice" if m["lora_ga/layers_seen_twice"] else ""
         loss = "" if self.loss_before is None else f"; loss {self.loss_before:.4f} -> {self.loss_after:.4f}"
         return (

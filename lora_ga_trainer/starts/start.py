@@ -17,6 +17,7 @@ from ..engines.collectives import mean_over_processes
 from ..engines.support import probed_module
 from ..gradients.borrow import borrowed
 from ..gradients.estimate import GradientEstimate
+from ..gradients.halves import estimate_halves
 from ..gradients.probe_file import load_or_estimate
 from ..gradients.samples import mean_loss
 from .compute import compute_starts
@@ -55,8 +56,12 @@ def start_adapter(
     begin = time.perf_counter()
     for layer in layers:
         layer.require_whole(trainer.args.n_gpu)
-    estimate = load_or_estimate(trainer, config, layers, probe_dataset)
-    starts, sent = compute_starts(trainer, config, layers, estimate)
+    if config.supported_only:
+        seen = [*estimate_halves(trainer, config, layers, probe_dataset)]
+    else:
+        seen = [load_or_estimate(trainer, config, layers, probe_dataset)]
+    estimate = seen[0]
+    starts, sent = compute_starts(trainer, config, layers, *seen)
     for start in starts:
         if start.factors is not None:
             write_start(trainer, start.layer, *start.factors)
@@ -71,16 +76,17 @@ def start_adapter(
     loss_after = _loss_after(trainer, estimate)
     return GradientReport(
         init=config.init,
-        samples=estimate.samples,
-        items=estimate.items,
-        tokens=estimate.tokens,
+        samples=sum(part.samples for part in seen),
+        items=sum(part.items for part in seen),
+        tokens=sum(part.tokens for part in seen),
         seconds=time.perf_counter() - begin,
-        probe_seconds=estimate.seconds,
-        probe_bytes=estimate.nbytes,
-        bytes_sent=estimate.bytes_sent + sent,
+        probe_seconds=sum(part.seconds for part in seen),
+        probe_bytes=sum(part.nbytes for part in seen),
+        bytes_sent=sum(part.bytes_sent for part in seen) + sent,
         loss_before=None if loss_after is None else estimate.first_loss,
         loss_after=loss_after,
         layers=[*(start.report for start in starts), *map(_report_frozen, frozen)],
+        whitening=config.whitening,
     )
 
 

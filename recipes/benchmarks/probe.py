@@ -12,6 +12,7 @@ runs `LoRAGATrainer` up to its first step; `peft` runs `preprocess_loraga` and `
 LoRA step first; its extra peak is what it then held beyond the peak of that step. Ratios are of the same round. A GPU
 is used where there is one. `ours` passes once: gradients of random models are flatter than real ones, and a second
 look at what a sketch keeps of them would double the passes. `--min_energy_kept .9` takes it as a trainer would.
+`--worker ours --init gradient_directions --whitening .25` runs another start alone, once.
 """
 
 import argparse
@@ -36,7 +37,7 @@ from torch import Tensor, nn
 from torch.profiler import profile, supported_activities
 from transformers import TrainerCallback, TrainingArguments
 
-from lora_ga_trainer import LoRAGAConfig, LoRAGATrainer
+from lora_ga_trainer import INITS, LoRAGAConfig, LoRAGATrainer
 
 
 LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -103,7 +104,14 @@ class _AtFirstStep(TrainerCallback):
 def run_ours(model: nn.Module, batches: list[Tensor], args: argparse.Namespace) -> dict[str, float | str]:
     adapted, before = plain_step(model, batches, args.rank)
     rows = [{"input_ids": ids, "labels": ids} for batch in batches for ids in batch.cpu()]  # as data sets hold them
-    config = LoRAGAConfig(num_samples=len(rows), estimator=args.estimator, min_energy_kept=args.min_energy_kept)
+    config = LoRAGAConfig(
+        init=args.init,
+        whitening=args.whitening,
+        supported_only=args.supported_only,
+        num_samples=len(rows),
+        estimator=args.estimator,
+        min_energy_kept=args.min_energy_kept,
+    )
     profiled = args.worker == "profile"
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
@@ -178,6 +186,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512, help="tokens of a row")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--estimator", choices=("sketch", "exact"), default="sketch")
+    parser.add_argument("--init", choices=INITS, default="lora_ga", help="of `ours`")
+    parser.add_argument("--whitening", type=float, default=0.0, help="of `ours`")
+    parser.add_argument("--supported_only", action="store_true", help="of `ours`")
     parser.add_argument("--min_energy_kept", type=float, help="look again at layers below it; default: never")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)

@@ -13,7 +13,7 @@ the loss after training with the found rate less the least of the sweep. The las
 cells, and with `--rivals`, each with its cost. Their losses are read off the sweep, on the straight line between
 neighbours, which lies above the true loss; the found rate's is printed that way, too. `factors` (rate times the step
 that the start's norms give) and `sqrt(s r)` (rate times it, arXiv 2602.06204) have constants fitted on "plain" and are
-judged on the others. The sweep takes about an hour on one CPU core, rivals a quarter more. All continues from its file.
+judged on the others. The sweep takes about an hour on a CPU core, rivals a quarter more. All continues from its file.
 
 `prodigy` and the schedule-free ones train without a rate to choose. Their regret is their loss less the best of AdamW
 in the same cell; LoRA+'s ratio is left out. They need libraries: `pip install --no-deps prodigyopt schedulefree`.
