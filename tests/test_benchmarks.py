@@ -336,6 +336,13 @@ def test_the_cost_of_singular_vectors_is_told_for_every_shape_and_way(tmp_path):
     assert all(len(rows) == 2 and all(set(row) == ways for row in rows) for rows in found.values())
 
 
+@pytest.mark.slow
+def test_the_rates_of_a_starts_parts_are_told_for_every_shape(tmp_path):
+    found = run(INTERNAL / "products.py", tmp_path / "found.json")["rounds"]
+    assert {name: len(rows) for name, rows in found.items()} == {"1024x512": 2}
+    assert all(set(row) == {"passes", "bare", "sketch", "exact", "turn", "recover"} for row in found["1024x512"])
+
+
 def test_fidelity_compares_a_sketch_with_autograds_gradient_of_the_same_samples():
     model = tiny.llama(hidden_size=256, intermediate_size=256)
     generator = torch.Generator().manual_seed(0)
