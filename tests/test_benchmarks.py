@@ -32,6 +32,7 @@ import fidelity
 import gpu
 import lora_pro
 import order
+import rounds
 import whitened
 from cost_models import MODELS
 from peft import LoraConfig, get_peft_model
@@ -53,6 +54,53 @@ def run(program: Path, output: Path) -> dict[str, Any]:
     return json.loads(output.read_text(encoding="utf-8"))
 
 
+# --- rounds -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ratios", "median", "middle_half", "disagree"),
+    [
+        ([1.2], 1.2, [1.2, 1.2], False),
+        ([1.0, 1.09], 1.045, [1.0, 1.09], False),
+        ([1.0, 2.33, 1.1], 1.1, [1.0, 2.33], True),
+        # From four rounds on a single outlier on each side tells of a neighbour, not of what is measured.
+        ([1.1, 2.33, 1.12, 0.5], 1.11, [1.1, 1.12], False),
+        ([1.0, 1.0, 1.3, 1.3, 1.0, 1.3, 1.0, 1.3], 1.15, [1.0, 1.3], True),
+    ],
+)
+def test_rounds_disagree_where_the_middle_half_is_wider_than_a_tenth(ratios, median, middle_half, disagree):
+    assert rounds.spread(ratios) == {
+        "median": pytest.approx(median),
+        "least": min(ratios),
+        "most": max(ratios),
+        "middle_half": middle_half,
+        "rounds": len(ratios),
+        "disagree": disagree,
+    }
+
+
+def test_rounds_are_repeated_until_they_agree_or_there_are_enough(capsys):
+    def run_them(figures: list[float], least: int, most: int) -> tuple[list[float], list[str]]:
+        ratios_of = lambda found: {"steady": [1.0] * len(found), "ours / floor": found}
+        found = rounds.run_rounds(figures.__getitem__, ratios_of, least, most)
+        return found, capsys.readouterr().out.splitlines()
+
+    quiet = [1.1, 1.12, 1.09, 1.1, 1.1, 1.1]
+    assert run_them(quiet, 3, 6) == (quiet[:3], [])
+    one_neighbour = [1.1, 2.33, 1.09, 1.1, 1.1, 1.1]
+    found, said = run_them(one_neighbour, 3, 6)
+    assert found == one_neighbour[:4]
+    said_once = "After 3 rounds there is disagreement: ours / floor 1.100 (3 rounds, 1.090 to 2.330, they disagree)."
+    assert said == [f"{said_once} One more round."]
+    found, said = run_them([1.0, 2.0] * 3, 3, 6)
+    assert len(found) == 6
+    assert len(said) == 4
+    assert said[-1] == (
+        "After 6 rounds, the most allowed, there is disagreement: ours / floor 1.500 (6 rounds, 1.000 to "
+        "2.000, middle half 1.000 to 2.000, they disagree)."
+    )
+
+
 # --- the cost of a start -------------------------------------------------------------------------------------------
 
 
@@ -66,7 +114,7 @@ def test_both_starts_hold_the_whole_gradients_of_tiny_layers_and_ratios_are_thos
     assert (row["ours"]["layers"], row["ours"]["sketched"], row["floor"]["state"]) == (len(layers), 0, 0)
     for name, of in (("ours", "floor"), ("peft", "floor"), ("peft", "ours")):
         ratio = row[name]["seconds"] / row[of]["seconds"]
-        assert found["summary"][f"{name} / {of}"] == {"median": ratio, "least": ratio, "most": ratio}
+        assert found["summary"][f"{name} / {of}"] == rounds.spread([ratio])
     # the whole start has the passes and the rest in it
     assert all(row[name]["seconds"] > row[name]["init_seconds"] for name in ("ours", "peft"))
 
@@ -140,7 +188,7 @@ def test_the_ratios_of_an_anchored_step_are_those_of_its_rounds(tmp_path):
     ratios = [row["anchored"] / row["plain"] for row in found["rounds"]]
     assert len(ratios) == 3
     assert found["summary"]["anchored / plain"] == statistics.median(ratios)
-    assert found["summary"]["extremes"] == [min(ratios), max(ratios)]
+    assert found["summary"]["rounds"] == rounds.spread(ratios)
 
 
 # --- the cost of LoRA-Pro ------------------------------------------------------------------------------------------
@@ -149,7 +197,6 @@ def test_the_ratios_of_an_anchored_step_are_those_of_its_rounds(tmp_path):
 def test_a_throughput_is_that_of_plain_adamw_over_the_optimizers_in_the_same_round(monkeypatch):
     seconds = {"adamw": (1.0, 0.25), "lora_pro": (2.0, 1.25), "lora_pro_adamw": (4.0, 3.25)}
     calls: list[str] = []
-    rounds = 3
 
     def one_round(model: Any, optimizer: str, ids: Any) -> tuple[float, float]:
         calls.append(optimizer)
@@ -158,14 +205,15 @@ def test_a_throughput_is_that_of_plain_adamw_over_the_optimizers_in_the_same_rou
 
     monkeypatch.setattr(lora_pro, "one_round", one_round)
     monkeypatch.setattr(lora_pro, "make_optimizers", lambda model, chosen: {name: name for name in seconds})
-    found = lora_pro.measure(None, None, rounds)
+    found = lora_pro.measure(None, None, 3)
     assert {name: row["throughput"] for name, row in found.items()} == {
         "adamw": 1.0,
         "lora_pro": 0.5,
         "lora_pro_adamw": 0.25,
     }
     for row in found.values():
-        assert row["throughput_min"] == row["throughput_max"] == row["throughput"]
+        assert row["rounds"]["least"] == row["rounds"]["most"] == row["throughput"]
+        assert row["rounds"]["rounds"] == 3
         assert row["passes_seconds"] == 1.5  # the median of 0.75, twice 1.5
     assert found["lora_pro"]["throughput_from_steps"] == (1.5 + 0.5) / (1.5 + 2.5)
     timed = [calls[i : i + 3] for i in range(3, len(calls), 3)]
@@ -196,7 +244,7 @@ def test_the_lora_pro_benchmark_runs(tmp_path):
     assert list(found) == ["adamw", "lora_pro", "lora_pro_adamw", "lora_pro_adamw bf16"]
     passes, plain = found["adamw"]["passes_seconds"], found["adamw"]["step_seconds"]
     for row in found.values():
-        assert row["throughput_min"] <= row["throughput"] <= row["throughput_max"]
+        assert row["rounds"]["least"] <= row["throughput"] <= row["rounds"]["most"]
         assert row["throughput_from_steps"] == pytest.approx((passes + plain) / (passes + row["step_seconds"]))
 
 
@@ -332,6 +380,13 @@ def test_the_cost_of_singular_vectors_is_told_for_every_shape_and_way(tmp_path):
     assert set(found) == {"512x1024", "1024x1024"}
     ways = {"turn", "turn, layer by layer", "recover", "recover, layer by layer", "peft"}
     assert all(len(rows) == 2 and all(set(row) == ways for row in rows) for rows in found.values())
+
+
+@pytest.mark.slow
+def test_the_rates_of_a_starts_parts_are_told_for_every_shape(tmp_path):
+    found = run(INTERNAL / "products.py", tmp_path / "found.json")["rounds"]
+    assert {name: len(rows) for name, rows in found.items()} == {"1024x512": 2}
+    assert all(set(row) == {"passes", "bare", "sketch", "exact", "turn", "recover"} for row in found["1024x512"])
 
 
 def test_fidelity_compares_a_sketch_with_autograds_gradient_of_the_same_samples():

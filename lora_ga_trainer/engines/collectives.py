@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,7 +22,8 @@ def sum_over_processes(trainer: Trainer, tensors: Sequence[Tensor]) -> int:
     Add up `tensors` over all processes, in place.
 
     Tensors of one dtype are sent in flat buffers of up to 256 MiB, so the number of collectives does not grow with the
-    number of layers. The tensors of a process may lie on different devices.
+    number of layers. What is kept in less than fp32 is sent and added up in fp32, so processes may keep it in
+    different dtypes. The tensors of a process may lie on different devices.
 
     Returns:
         Bytes that this process handed to the all-reduce. It is 0 on a single process.
@@ -30,8 +31,8 @@ def sum_over_processes(trainer: Trainer, tensors: Sequence[Tensor]) -> int:
     if trainer.accelerator.num_processes == 1:
         return 0
     sent = 0
-    for group in _buckets(tensors):
-        flat = _flatten(group, trainer.accelerator.device)
+    for dtype, group in _buckets(tensors, _added_in):
+        flat = _flatten(group, trainer.accelerator.device, dtype)
         torch.distributed.all_reduce(flat)
         sent += flat.numel() * flat.element_size()
         _unflatten(flat, group)
@@ -60,32 +61,39 @@ def share_from_owners(trainer: Trainer, owned: Sequence[Sequence[Tensor]]) -> in
         return 0
     sent = 0
     for owner, tensors in enumerate(owned):
-        for group in _buckets(tensors):
-            flat = _flatten(group, trainer.accelerator.device)
+        for dtype, group in _buckets(tensors, lambda tensor: tensor.dtype):
+            flat = _flatten(group, trainer.accelerator.device, dtype)
             torch.distributed.broadcast(flat, src=owner)
             _unflatten(flat, group)
             sent += flat.numel() * flat.element_size() if owner == trainer.accelerator.process_index else 0
     return sent
 
 
-def _buckets(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
-    """Group tensors by dtype. A group holds at most `_BUCKET_BYTES`, or a single tensor that is larger."""
-    buckets: list[list[Tensor]] = []
+def _added_in(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32) if tensor.is_floating_point() else tensor.dtype
+
+
+def _buckets(
+    tensors: Iterable[Tensor], sent_in: Callable[[Tensor], torch.dtype]
+) -> list[tuple[torch.dtype, list[Tensor]]]:
+    """Group tensors by the dtype they are sent in. A group holds at most `_BUCKET_BYTES`, or one tensor with more."""
+    buckets: list[tuple[torch.dtype, list[Tensor]]] = []
     open_ones: dict[torch.dtype, tuple[list[Tensor], int]] = {}
     for tensor in tensors:
-        size = tensor.numel() * tensor.element_size()
-        bucket, filled = open_ones.get(tensor.dtype, ([], 0))
+        dtype = sent_in(tensor)
+        size = tensor.numel() * dtype.itemsize
+        bucket, filled = open_ones.get(dtype, ([], 0))
         # Every process sees the same sizes in the same order, so all of them make the same buckets.
         if not bucket or filled + size > _BUCKET_BYTES:
             bucket, filled = [], 0
-            buckets.append(bucket)
+            buckets.append((dtype, bucket))
         bucket.append(tensor)
-        open_ones[tensor.dtype] = bucket, filled + size
+        open_ones[dtype] = bucket, filled + size
     return buckets
 
 
-def _flatten(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    return torch.cat([tensor.reshape(-1).to(device) for tensor in tensors])
+def _flatten(tensors: Sequence[Tensor], device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.cat([tensor.reshape(-1).to(device, dtype) for tensor in tensors])
 
 
 def _unflatten(flat: Tensor, tensors: Sequence[Tensor]) -> None:

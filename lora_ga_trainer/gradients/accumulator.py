@@ -11,12 +11,16 @@ import torch
 from torch import Tensor
 
 from ..engines.devices import to_fp32
+from ..engines.products import add_transposed_product, needs_blocks
+from ..maths.fidelity import HELD_OUT
 from ..maths.recovery import TopSVD, top_svd
 from .rows import OneHot
 
 
 # What products can be computed in; the later one wins where processes differ.
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+# What sums of sketches can be kept in.
+SUMS = (torch.float32, torch.bfloat16)
 
 
 class Accumulator(ABC):
@@ -45,6 +49,10 @@ class Accumulator(ABC):
     @abstractmethod
     def sums(self) -> list[Tensor]:
         """Return what processes add up at the end."""
+
+    @abstractmethod
+    def held(self) -> list[Tensor]:
+        """Return every tensor that is kept, also those that are shared with others."""
 
     @abstractmethod
     def divide(self, items: float) -> None:
@@ -94,6 +102,9 @@ class ExactGradient(Accumulator):
     def sums(self) -> list[Tensor]:
         return [self.G]
 
+    def held(self) -> list[Tensor]:
+        return [self.G]
+
     def divide(self, items: float) -> None:
         self.G.div_(items)
 
@@ -110,25 +121,46 @@ class ExactGradient(Accumulator):
 @lru_cache(maxsize=64)
 def gaussian(rows: int, columns: int, seed: int, device: torch.device) -> Tensor:  # (rows, columns)
     """Draw a standard normal matrix on the CPU, the same on every machine; layers of one shape share it."""
-    # The seed depends on the shape, so that test matrices of two layers are independent.
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + rows)
-    return torch.randn(rows, columns, generator=generator, dtype=torch.float32).to(device)
+    return _draw(rows, columns, seed).to(device)
 
 
 @lru_cache(maxsize=64)
-def cast(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    return matrix.to(dtype)
+def drawn_columns(
+    rows: int, k: int, seed: int, device: torch.device
+) -> tuple[Tensor, Tensor]:  # (rows, k), (rows, 16)
+    """Draw test columns and held-out ones, apart: the first are replaced at a turning point, the others are not."""
+    drawn = _draw(rows, k + HELD_OUT, seed).to(device)
+    return drawn[:, :k].contiguous(), drawn[:, k:].contiguous()
+
+
+def _draw(rows: int, columns: int, seed: int) -> Tensor:
+    # The seed depends on the shape, so that test matrices of two layers are independent.
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + rows)
+    return torch.randn(rows, columns, generator=generator, dtype=torch.float32)
+
+
+@lru_cache(maxsize=64)
+def cast(matrix: Tensor, to: torch.dtype | torch.device) -> Tensor:
+    return matrix.to(to)
 
 
 def forget_shared_matrices() -> None:
     """Free the Gaussian matrices that layers of one shape shared."""
     gaussian.cache_clear()
+    drawn_columns.cache_clear()
     cast.cache_clear()
+
+
+def computed_in(dy: Tensor) -> torch.dtype:
+    """Return the dtype of test matrices for gradients like `dy`."""
+    return torch.float32 if dy.dtype is torch.float16 else dy.dtype
 
 
 def to_one_dtype(x: Tensor | OneHot, dy: Tensor) -> tuple[Tensor | OneHot, Tensor]:
     """Bring `x` to the dtype of `dy`; fp16 goes to fp32, where sums over tokens can't overflow."""
-    dtype = torch.float32 if dy.dtype is torch.float16 else dy.dtype
+    if needs_blocks(*(rows for rows in (x, dy) if isinstance(rows, Tensor))):
+        return x, dy  # products of these bring a block at a time to fp32
+    dtype = computed_in(dy)
     return x if isinstance(x, OneHot) else x.to(dtype), dy.to(dtype)
 
 
@@ -138,15 +170,11 @@ def add_product(
     right: Tensor,  # (N, b)
     weight: float,
 ) -> None:
-    """Add `weight * left^T right` to `total`: products in the dtype of the factors, the sum in fp32."""
+    """Add `weight * left^T right` to `total`, see [`add_transposed_product`]."""
     if isinstance(left, OneHot):
         left.add_rows(total, right, weight)
-        return
-    # One fused product where it adds in fp32 anyway. With bf16 factors `addmm_` would round the running sum to bf16.
-    if left.dtype is total.dtype:
-        total.addmm_(left.T, right, alpha=weight)
     else:
-        total.add_(left.T @ right, alpha=weight)
+        add_transposed_product(total, left, right, weight)
 
 
 def stack(tensors: Sequence[Tensor]) -> Tensor:  # (n, ...)

@@ -15,13 +15,14 @@ from ..adapters.parameter import AdaptedParameter
 from ..config import LoRAGAConfig
 from ..engines.collectives import gather_integers, share_from_owners, sum_over_processes
 from ..engines.support import probed_module
-from .accumulator import DTYPES, Accumulator
+from .accumulator import DTYPES, Accumulator, forget_shared_matrices
 from .estimate import NonFiniteGradient
 from .failing import UNCHANGED
 from .leaves import discarded_gradients
 from .moments import LayerMoments, make_moment_sums
 from .rows import OneHot
-from .sketch import SketchedGradient, make_accumulators, turn
+from .sketch import make_accumulators, turn
+from .sketched import SketchedGradient
 from .tap import tapped, tapped_parameters
 
 
@@ -163,7 +164,7 @@ class Collector:
             return
         # A NaN or an infinity anywhere makes the sum of an accumulator non-finite. One small number a layer is moved
         # to the CPU, in a single transfer, instead of a look at every tensor.
-        parts = lambda layer: [part.sum() for accumulator in self._of(layer) for part in accumulator.sums()]
+        parts = lambda layer: [p.sum(dtype=torch.float32) for found in self._of(layer) for p in found.sums()]
         checks = torch.stack([torch.stack(parts(layer)).sum().cpu() for layer in self._met.values()])
         bad = [name for name, check in zip(self._met, checks.tolist(), strict=True) if not math.isfinite(check)]
         if bad:
@@ -194,6 +195,8 @@ class Collector:
                 sketch.await_owner()
         owned = [[part for sketch in sketches[owner::size] for part in sketch.known()] for owner in range(size)]
         self.bytes_sent += share_from_owners(self.trainer, owned)
+        # Sketches that have turned hold matrices of their own. Those that have not share what they hold.
+        forget_shared_matrices()
 
     @contextmanager
     def only_looking(self) -> Iterator[None]:

@@ -64,9 +64,10 @@ class GradientEstimate:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of probe state on this process, test matrices included once."""
-        states = [e.state() for e in self.estimators.values()] + [m.state() for m in self.moments.values()]
-        tensors = {tensor.data_ptr(): tensor for state in states for tensor in state.values()}
+        """Bytes of probe state on this process, test matrices included, those that layers share once."""
+        parts = [part for e in self.estimators.values() for part in e.held()]
+        parts += [part for m in self.moments.values() for part in m.state().values()]
+        tensors = {tensor.data_ptr(): tensor for tensor in parts}
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..adapters.layer import AdaptedLayer
 from ..config import LoRAGAConfig
 from ..engines.devices import to_fp64
+from ..engines.products import fp32_blocks
 from ..maths.inits import INITS
 from ..maths.recovery import leading_directions
 from .accumulator import add_product, gaussian
@@ -98,10 +99,12 @@ class MomentSums:
             share: of the pass that counts.
         """
         self.tokens += share * len(x)
-        self._add(1, x if isinstance(x, OneHot) else x.float(), share)
+        for (part,) in ((x,),) if isinstance(x, OneHot) else fp32_blocks(x):
+            self._add(1, part, share)
         if weight > 0:
-            # The summed loss does not depend on the micro-batch that a token is in; the mean does.
-            self._add(0, dy.float() * weight, share)
+            for (part,) in fp32_blocks(dy):
+                # The summed loss does not depend on the micro-batch that a token is in; the mean does.
+                self._add(0, part * weight, share)
 
     def _add(self, side: int, rows: Tensor | OneHot, share: float) -> None:
         if self.squares:

@@ -14,9 +14,9 @@ from ..adapters.layer import AdaptedLayer
 from ..engines.devices import to_fp64
 from ..maths.fidelity import HELD_OUT
 from ..saving.json_file import short
-from .accumulator import DTYPES, Accumulator, ExactGradient
+from .accumulator import DTYPES, SUMS, Accumulator, ExactGradient
 from .moments import LayerMoments
-from .sketch import SketchedGradient
+from .sketched import SketchedGradient
 
 
 # Least eigenvalue of the Gram matrix of saved test columns, where its mean is 1. Gaussian columns of a square matrix,
@@ -132,7 +132,8 @@ def restore_accumulator(state: dict[str, Tensor], shape: tuple[int, int]) -> Acc
     """
     require_state_shapes({name: tuple(tensor.shape) for name, tensor in state.items()}, shape)
     for name, tensor in state.items():
-        if tensor.dtype is not torch.float32 and (name not in ("Omega", "Psi") or tensor.dtype not in DTYPES):
+        kinds = {"Omega": DTYPES, "Psi": DTYPES, "Y": SUMS, "Z": SUMS}.get(name, (torch.float32,))
+        if tensor.dtype not in kinds:
             raise KeyError(f"{name} is of dtype {tensor.dtype}")
         if not torch.isfinite(tensor).all():
             raise KeyError(f"{name} is not finite")
@@ -146,6 +147,9 @@ def restore_accumulator(state: dict[str, Tensor], shape: tuple[int, int]) -> Acc
         if not torch.linalg.eigvalsh(gram / gram.trace().clamp(min=1e-200))[0] > _LEAST_GRAM / k:
             raise KeyError(f"the columns of {name} depend on each other")
     sketch = SketchedGradient.__new__(SketchedGradient)
-    sketch.k, sketch.seed, sketch.dtype, sketch.turned = k, 0, state["Omega"].dtype, True
-    sketch.Omega, sketch.Psi, sketch.S, sketch.Y, sketch.Z = (state[name] for name in ("Omega", "Psi", "S", "Y", "Z"))
+    sketch.k, sketch.seed, sketch.dtype, sketch.turned, sketch.additions = k, 0, state["Omega"].dtype, True, 0
+    (sketch.Omega, sketch.w), (sketch.Psi, sketch.z) = (
+        state[name].split([k, HELD_OUT], 1) for name in ("Omega", "Psi")
+    )
+    sketch.S, sketch.Y, sketch.Z = (state[name] for name in ("S", "Y", "Z"))
     return sketch

@@ -40,7 +40,8 @@ from .estimate import GradientEstimate
 from .failing import failing_together
 from .passes import collect_loss, weighed_loss
 from .samples import micro_batches
-from .sketch import SketchedGradient, directions_used, is_sketched, strongest, top_svds
+from .sketch import directions_used, is_sketched, strongest, top_svds
+from .sketched import SketchedGradient
 
 
 if TYPE_CHECKING:

@@ -35,16 +35,14 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
-import torch
 from torch import Tensor
 
 from ..config import LoRAGAConfig
-from ..engines.devices import to_fp32, to_fp64
-from ..maths.fidelity import HELD_OUT
+from ..engines.devices import to_fp32
 from ..maths.inits import INITS
-from ..maths.recovery import TopSVD, merge, recover
-from .accumulator import Accumulator, ExactGradient, add_product, cast, gaussian, stack, to_one_dtype
-from .rows import OneHot
+from ..maths.recovery import TopSVD, merge
+from .accumulator import Accumulator, ExactGradient, stack
+from .sketched import SketchedGradient
 
 
 _STACKED_BYTES = 2**26  # that the work on one stack may take, a single layer more; 2**28 was slower on a CPU
@@ -54,102 +52,6 @@ Item = TypeVar("Item")
 Triplets = tuple[Tensor, Tensor, Tensor]  # U (out, k), S (k,), V (in, k)
 # Shares of the samples after which the test matrices are made anew from what was seen.
 _TURNING_POINTS = (1 / 16, 1 / 4, 1 / 2)
-
-
-class SketchedGradient(Accumulator):
-    """
-    `Y = G Omega (out, k + 16)` and `Z = G^T Psi (in, k + 16)`, in fp32, and `S (k,)`.
-
-    The first k columns are those of the samples since the last turning point; those before are known as
-    `Psi diag(S) Omega^T`. The last 16 columns stay Gaussian, gather all samples, and measure what the recovery misses.
-    """
-
-    sketched = True
-
-    def __init__(self, shape: tuple[int, int], k: int, seed: int = 0) -> None:
-        out_features, in_features = shape
-        self.k, self.seed = k, seed
-        self.dtype = torch.float32
-        self.turned = False
-        self._draw(out_features, in_features, torch.device("cpu"))
-        self.S = torch.zeros(k)
-        self.Y, self.Z = torch.zeros(out_features, k + HELD_OUT), torch.zeros(in_features, k + HELD_OUT)
-
-    def _draw(self, out_features: int, in_features: int, device: torch.device) -> None:
-        """Take the Gaussian matrices, which layers of one shape share."""
-        self.Omega = gaussian(in_features, self.k + HELD_OUT, self.seed, device)
-        self.Psi = gaussian(out_features, self.k + HELD_OUT, self.seed + 1, device)
-
-    def move_to(self, device: torch.device) -> None:
-        if self.Y.device == device:
-            return
-        if self.turned:
-            self.Omega, self.Psi = self.Omega.to(device), self.Psi.to(device)
-        else:
-            self._draw(self.Psi.shape[0], self.Omega.shape[0], device)
-        self.S, self.Y, self.Z = self.S.to(device), self.Y.to(device), self.Z.to(device)
-
-    def add(self, x: Tensor | OneHot, dy: Tensor, weight: float) -> None:
-        x, dy = to_one_dtype(x, dy)
-        self.compute_in(dy.dtype)
-        add_product(self.Y, dy, x @ self.Omega, weight)  # G Omega = sum dy^T (x Omega)
-        add_product(self.Z, x, dy @ self.Psi, weight)  # G^T Psi = sum x^T (dy Psi)
-
-    def add_gradient(self, G: Tensor, weight: float) -> None:
-        G = G.to(self.Y.dtype)
-        self.Y.addmm_(G, self.Omega.to(G), alpha=weight)
-        self.Z.addmm_(G.T, self.Psi.to(G), alpha=weight)
-
-    def compute_in(self, dtype: torch.dtype) -> None:
-        """Round the test matrices once: the rounded ones are what the recovery uses."""
-        self.dtype = dtype
-        if self.Omega.dtype != dtype:
-            self.Omega, self.Psi = cast(self.Omega, dtype), cast(self.Psi, dtype)
-
-    @property
-    def directions(self) -> int:
-        return self.k
-
-    def sums(self) -> list[Tensor]:
-        return [self.Y, self.Z]
-
-    def since_last_turn(self) -> list[Tensor]:
-        """Return what processes add up at a turning point."""
-        return [self.Y[:, : self.k], self.Z[:, : self.k]]
-
-    def known(self) -> list[Tensor]:
-        """Return what a turning point changes, which one process computes for all."""
-        return [self.Omega[:, : self.k], self.Psi[:, : self.k], self.S]
-
-    def start_anew(self, U: Tensor, S: Tensor, V: Tensor) -> None:
-        """Store `U diag(S) V^T` as the current estimate and sketch later samples with `U (out, k)` and `V (in, k)`."""
-        self.compute_in(self.dtype)
-        # Where the next samples' gradients lie in these directions, and most of their energy does, the sketch shows
-        # them without error. New tensors, since layers of a shape share the Gaussian ones.
-        self.Omega = torch.cat([V.to(self.Omega), self.Omega[:, self.k :]], dim=1)
-        self.Psi = torch.cat([U.to(self.Psi), self.Psi[:, self.k :]], dim=1)
-        self.S = S.to(self.S)
-        self.turned = True
-        # The held-out columns go on: they measure the whole gradient at the end.
-        for part in self.since_last_turn():
-            part.zero_()
-
-    def await_owner(self) -> None:
-        """Make room for what another process computes at this turning point."""
-        self.start_anew(*(torch.empty_like(part) for part in (self.Psi[:, : self.k], self.S, self.Omega[:, : self.k])))
-
-    def divide(self, items: float) -> None:
-        for part in (self.S, self.Y, self.Z):
-            part.div_(items)
-
-    def state(self) -> dict[str, Tensor]:
-        return {"Omega": self.Omega, "Psi": self.Psi, "S": self.S, "Y": self.Y, "Z": self.Z}
-
-    @staticmethod
-    def svds(some: Sequence[SketchedGradient], k: int) -> list[TopSVD]:
-        states = zip(*(sketch.state().values() for sketch in some), strict=True)
-        T, L, S, Y, Z = (stack([to_fp64(tensor) for tensor in part]) for part in states)
-        return recover(T, L, S, Y, Z, k)
 
 
 def turning_points(samples: int) -> list[int]:
@@ -252,14 +154,14 @@ def _stacks(
     items: Iterable[Item], of: Callable[[Item], Accumulator], kind: Callable[[Item], Hashable], work: int
 ) -> Iterator[list[Item]]:
     """
-    Group items whose accumulators are of one shape, device and `kind`; `work` bytes a number limit a group.
+    Group items whose accumulators are of one shape, device, dtype and `kind`; `work` bytes a number limit a group.
 
     Small factorisations are all overhead: one call for many layers costs little more than for one.
     """
     groups: dict[Hashable, list[Item]] = {}
     for item in items:
         sums = of(item).sums()
-        groups.setdefault((*(part.shape for part in sums), sums[0].device, kind(item)), []).append(item)
+        groups.setdefault((*(p.shape for p in sums), sums[0].device, sums[0].dtype, kind(item)), []).append(item)
     for group in groups.values():
         numbers = sum(part.numel() for part in of(group[0]).sums())
         size = max(1, _STACKED_BYTES // (work * numbers))

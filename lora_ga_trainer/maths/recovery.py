@@ -106,7 +106,7 @@ def recover(
     Z: Tensor,  # (n, in, t + 16): G^T Psi in the same way
     k: int,
 ) -> list[TopSVD]:
-    """Recover the top `k` singular triplets of each `Psi diag(S) Omega^T + G`, see [`merge`]; all fp64."""
+    """Recover the top `k` singular triplets of each `Psi diag(S) Omega^T + G`, see [`merge`]; all fp64, or fp32."""
     t = Omega.shape[-1] - HELD_OUT
     (Omega, w), (Psi, z) = Omega.split([t, HELD_OUT], dim=-1), Psi.split([t, HELD_OUT], dim=-1)
     (Y, Gw), (Z, Gz) = Y.split([t, HELD_OUT], dim=-1), Z.split([t, HELD_OUT], dim=-1)
@@ -123,9 +123,12 @@ def recover(
     # || M w ||^2 / 16 estimates || M ||^2.
     energy = lambda M: M.square().sum(dim=(-2, -1)) / HELD_OUT
     missed = energy(Gw - U @ (S[..., None] * (V.mT @ w))) + energy(Gz - V @ (S[..., None] * (U.mT @ z)))
-    total = (S.square().sum(dim=-1) + missed / 2) * scale[..., 0, 0] ** 2
+    units = scale[..., 0, 0].tolist()  # their squares may be beyond fp32
+    total = [
+        energy * unit**2 for energy, unit in zip((S.square().sum(dim=-1) + missed / 2).tolist(), units, strict=True)
+    ]
     measured = measure((U, S, V), (w, Gw), (z, Gz), (Omega, Psi), settled, k)
-    measured = [part.times(unit**2) for part, unit in zip(measured, scale[..., 0, 0].tolist(), strict=True)]
+    measured = [part.times(unit**2) for part, unit in zip(measured, units, strict=True)]
     return _of_each(U[..., :k], S[..., :k] * scale[..., 0], V[..., :k].mT, total, measured)
 
 
@@ -196,13 +199,14 @@ def top_svd(
         U = Q @ U
     else:
         U, S, Vt = torch.linalg.svd(G, full_matrices=False)
-    return _of_each(U[..., :k], S[..., :k] * scale[..., 0], Vt[..., :k, :], total, [None] * len(total))
+    return _of_each(U[..., :k], S[..., :k] * scale[..., 0], Vt[..., :k, :], total.tolist(), [None] * len(total))
 
 
-def _of_each(U: Tensor, S: Tensor, Vt: Tensor, total: Tensor, measured: Sequence[Measured | None]) -> list[TopSVD]:
+def _of_each(
+    U: Tensor, S: Tensor, Vt: Tensor, total: Sequence[float], measured: Sequence[Measured | None]
+) -> list[TopSVD]:
     """Take the results of a stack apart."""
-    triplets = zip(U.float(), S.float(), Vt.float(), strict=True)
-    return [TopSVD(*three, *two) for three, *two in zip(triplets, total.tolist(), measured, strict=True)]
+    return [TopSVD(*part) for part in zip(U.float(), S.float(), Vt.float(), total, measured, strict=True)]
 
 
 def largest(

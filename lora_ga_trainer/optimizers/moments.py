@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..engines.parameters import RowShard
 from ..maths.lora_pro import GramEigen, apply_correction, cross_products, solve_correction
+from ..maths.rounding import round_to_bf16
 from .batches import PairBatch, correct_batch, stored_factors
 
 
@@ -58,10 +59,7 @@ def store_moment(
 ) -> None:
     """Write a moment back. To bf16 it is rounded up as often as it is far from the lower neighbour, not to nearest."""
     if kept.dtype == torch.bfloat16:
-        # fp32 is bf16 with 16 more bits: add a number below 2^16 and cut them off. The multiples of 2^16 / golden
-        # ratio spread evenly, need no generator, and are the same on every rank and after a resume.
-        dither = [int(count) * 40503 % 65536 for count in counts]
-        bits = value.float().view(torch.int32)
-        bits.add_(torch.tensor(dither, dtype=torch.int32, device=value.device).view(-1, 1, 1)).bitwise_and_(-65536)
-        value = bits.view(torch.float32)
+        # In int32 the product with a count above 53,020 would wrap, by a multiple of 2^16 that falls away again.
+        steps = torch.tensor([int(count) for count in counts], dtype=torch.int32, device=value.device)
+        value = round_to_bf16(value.float(), steps.view(-1, 1, 1))
     kept.copy_(value)

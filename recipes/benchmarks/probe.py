@@ -9,9 +9,10 @@ Measure what a start costs: time and memory of LoRA-GA here and in PEFT, beside 
 In each round three processes take turns, in a rotating order, on the same micro-batches: `floor` passes them forward
 and backward through the model with a plain adapter of rank 8, which nothing that takes gradients can undercut; `ours`
 runs `LoRAGATrainer` up to its first step; `peft` runs `preprocess_loraga` and `get_peft_model`. Each takes a plain
-LoRA step first; its extra peak is what it then held beyond the peak of that step. Ratios are of the same round. A GPU
-is used where there is one. `ours` passes once: gradients of random models are flatter than real ones, and a second
-look at what a sketch keeps of them would double the passes. `--min_energy_kept .9` takes it as a trainer would.
+LoRA step first; its extra peak is what it then held beyond the peak of that step. Ratios are of the same round. Where
+rounds disagree by more than 10% there are more of them, see rounds.py. A GPU is used where there is one. `ours` passes
+once: gradients of random models are flatter than real ones, and a second look at what a sketch keeps of them would
+double the passes. `--min_energy_kept .9` takes it as a trainer would.
 `--worker ours --init gradient_directions --whitening .25` runs another start alone, once.
 """
 
@@ -33,6 +34,7 @@ from comparison.memory import PeakMemory
 from cost_models import MODELS, clock
 from peft import LoraConfig, LoraGAConfig, get_peft_model
 from peft.tuners.lora.loraga import preprocess_loraga
+from rounds import add_arguments, most_rounds, run_rounds, spread, tell
 from torch import Tensor, nn
 from torch.profiler import profile, supported_activities
 from transformers import TrainerCallback, TrainingArguments
@@ -165,11 +167,13 @@ def launch(worker: str, words: list[str]) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def summarise(rounds: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
-    found = {}
-    for name, of in (("ours", "floor"), ("peft", "floor"), ("peft", "ours")):
-        ratios = [row[name]["seconds"] / row[of]["seconds"] for row in rounds]
-        found[f"{name} / {of}"] = {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
+def ratios_of(rounds: list[dict[str, dict[str, float]]]) -> dict[str, list[float]]:
+    pairs = (("ours", "floor"), ("peft", "floor"), ("peft", "ours"))
+    return {f"{a} / {b}": [row[a]["seconds"] / row[b]["seconds"] for row in rounds] for a, b in pairs}
+
+
+def summarise(rounds: list[dict[str, dict[str, float]]]) -> dict[str, dict]:
+    found = {name: spread(ratios) for name, ratios in ratios_of(rounds).items()}
     for key in ("state", "extra_peak"):
         found[f"{key}, ours / peft"] = {
             "median": statistics.median(row["ours"][key] / row["peft"][key] for row in rounds)
@@ -190,7 +194,7 @@ def main() -> None:
     parser.add_argument("--whitening", type=float, default=0.0, help="of `ours`")
     parser.add_argument("--supported_only", action="store_true", help="of `ours`")
     parser.add_argument("--min_energy_kept", type=float, help="look again at layers below it; default: never")
-    parser.add_argument("--rounds", type=int, default=3)
+    add_arguments(parser, rounds=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--profile", action="store_true", help="add a table of the operators of one more start")
     parser.add_argument("--quick", action="store_true", help="a tiny model, 4 x 32 tokens, one round")
@@ -198,23 +202,26 @@ def main() -> None:
     parser.add_argument("--worker", choices=("floor", "ours", "peft", "profile"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.quick:
-        args.model, args.micro_batches, args.tokens, args.rounds = "tiny", 4, 32, 1
+        args.model, args.micro_batches, args.tokens, args.rounds, args.most_rounds = "tiny", 4, 32, 1, 1
     if args.worker:
         print(json.dumps(work(args)))
         return
-    names, rounds = ["floor", "ours", "peft"], []
-    for turn in range(args.rounds):
-        order = names[turn % 3 :] + names[: turn % 3]
+    names = ["floor", "ours", "peft"]
+
+    def one_round(number: int) -> dict[str, dict[str, float]]:
+        order = names[number % 3 :] + names[: number % 3]
         found = {name: launch(name, sys.argv[1:]) for name in order}
-        rounds.append(found)
         for name in names:
-            print(f"round {turn + 1}: {name:5s} {json.dumps(found[name])}", flush=True)
+            print(f"round {number + 1}: {name:5s} {json.dumps(found[name])}", flush=True)
+        return found
+
+    rounds = run_rounds(one_round, ratios_of, args.rounds, most_rounds(args))
     result = {"arguments": vars(args), **environment(), "rounds": rounds, "summary": summarise(rounds)}
     if args.profile:
         result |= launch("profile", sys.argv[1:])
         print(result["profile"])
     for name, row in result["summary"].items():
-        print(f"{name:24s} " + ", ".join(f"{key} {value:.3f}" for key, value in row.items()))
+        print(f"{name:24s} " + (tell(row) if "rounds" in row else f"{row['median']:.3f}"))
     if args.output:
         Path(args.output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
