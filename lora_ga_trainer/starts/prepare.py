@@ -21,6 +21,7 @@ from ..config import LoRAGAConfig
 from ..engines.support import require_supported
 from ..gradients.probe_file import require_probe_folder
 from ..gradients.rollouts import require_repeatable
+from ..maths.inits import INITS
 from ..saving.fingerprint import fingerprint_base
 from ..saving.record import RecordedLoraConfig, StartRecord, attach_record, plain_config, record_of_model
 
