@@ -96,7 +96,7 @@ class FirstUpdates:
 
     def _count_moved(self) -> None:
         for index, value in enumerate(self.copies.values):
-            self._moved[index] += bool(value.grad.any())
+            self._moved[index] += value.grad is not None and bool(value.grad.any())
 
     def _choose_tiny_rate(self) -> None:
         """Set a rate that is tiny for this optimizer, from a trial of its first step, which is linear in the rate."""
