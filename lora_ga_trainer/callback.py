@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback
 from .adapters.dropout import dropped_factors, require_droppable
 from .adapters.find import find_adapted_layers, find_lora_layers
 from .adapters.frozen import require_still_A, train_both_or_B
+from .adapters.layer import AdaptedLayer
 from .config import LoRAGAConfig
 from .gradients.borrow import attribute
 from .optimizers.engine_step import EngineStep, install_engine_step
@@ -87,6 +88,7 @@ class LoRAGACallback(TrainerCallback):
         self.only_finds_rate = False
         self._warm_model: Callable[[], nn.Module | None] = lambda: None
         self._dropout = ExitStack()
+        self._still: Sequence[AdaptedLayer] = []  # whose `A` must get no gradient
         overrides = getattr(trainer, "overrides_trainer_methods", False)
         if not overrides:
             _require_no_optimizer(self.config)
@@ -125,6 +127,8 @@ class LoRAGACallback(TrainerCallback):
         if self.rate.is_due(model):
             with self._timed():
                 self.rate.begin(model)
+        # Found once: a walk over a large model takes tens of milliseconds, and this is looked at before every step.
+        self._still = [] if self.config.train_A else find_lora_layers(model)
         self._dropout.close()  # of a training that was cut off
         if self.config.factor_dropout > 0:
             self._dropout.enter_context(dropped_factors(find_lora_layers(model), self.config.factor_dropout))
@@ -132,12 +136,12 @@ class LoRAGACallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if not self.config.train_A:
-            require_still_A(self.trainer.accelerator.unwrap_model(self.trainer.model))
+        require_still_A(self._still)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._still = []
         self._dropout.close()
 
     def _begin(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from .embedding import AdaptedEmbedding
 from .find import find_lora_layers
+from .layer import AdaptedLayer
 
 
 class Frozen(nn.Module):
@@ -87,14 +89,14 @@ def train_both_or_B(model: nn.Module, train_A: bool, init: str) -> None:
             lora_A.__class__ = _FROZEN.get(type(lora_A), type(lora_A))
 
 
-def require_still_A(model: nn.Module) -> None:
+def require_still_A(layers: Sequence[AdaptedLayer]) -> None:
     """
     Refuse a gradient of `A`: the optimizer does not step it, but it would count in the clipping norm.
 
     Raises:
         `ValueError`: naming a layer.
     """
-    for layer in find_lora_layers(model):
+    for layer in layers:
         if layer.stored_A.grad is not None:
             raise ValueError(
                 f"Layer {layer.name}: train_A=False, and its A has a gradient. Something let it train after the "

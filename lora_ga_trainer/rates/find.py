@@ -35,8 +35,8 @@ PICTURE_NAME = "train/lora_ga/rate"
 
 # First updates that give the direction. From B = 0 the first moves B alone.
 UPDATES = 2
-# The rate is this times the one at which a step along the first updates lowers the loss most. Chosen on one task, and
-# the share that the best rates of another one have: docs/rates.md.
+# The rate is this times the one at which a step along the first updates lowers the loss most. Chosen on one task and
+# judged on another: docs/rates.md.
 SHARE_OF_BEST = 0.9
 # Where the search begins: the largest change of an entry in a step.
 _GUESS = 1e-2
