@@ -126,7 +126,8 @@ def measure(
         pairs = ((of_G, of_G), (said, said), (of_G, said), (of_G - said, beyond))
         sides.append(([(a * b).mean(dim=-1) for a, b in pairs], outside / entries))
     (first, first_tail), (second, second_tail) = sides
-    means = [torch.stack(both, dim=-2).cpu() for both in zip(first, second, strict=True)]
+    # In fp64: squares of a gradient's own size may be beyond fp32, in which a sketch of bf16 sums is measured.
+    means = [torch.stack(both, dim=-2).cpu().double() for both in zip(first, second, strict=True)]
     shape = U.shape[-2], V.shape[-2]
     tails = ((first_tail + second_tail) / 2).tolist()
     of_each = zip(zip(*means, strict=True), tails, settled.tolist(), strict=True)

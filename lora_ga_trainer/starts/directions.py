@@ -6,7 +6,7 @@ A whole gradient `G` is whitened as it is. Of a sketched one all k directions th
 `max(D_P) max(D_Q) S[k]`, at most `l^(-2 w) S[k]` (Weyl). The overlap `||V_r^T X_r||^2 / r` with the r whitened
 directions of the whole `G`, and the share of their energy that is held: mean and worst of q, o, gate and down of
 layers 0, 15 and 29 of SmolLM2-135M (v is kept whole), r = 8, 64 rows of 64 tokens of Python's manual, fp32,
-commit b4c8bf8, `python recipes/benchmarks/whitened.py`:
+commit b4c8bf8, `python tests/benchmarks/whitened.py`:
 
 | columns of the sketch               | w = 1/4: overlap, energy | w = 1/2: overlap, energy |
 |-------------------------------------|--------------------------|--------------------------|

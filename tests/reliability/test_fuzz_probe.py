@@ -20,7 +20,7 @@ from torch import Tensor
 from lora_ga_trainer import LoRAGAConfig
 from lora_ga_trainer.adapters.find import find_adapted_layers
 from lora_ga_trainer.adapters.layer import AdaptedLayer
-from lora_ga_trainer.gradients.accumulator import ExactGradient
+from lora_ga_trainer.gradients.accumulator import Accumulator, ExactGradient
 from lora_ga_trainer.gradients.estimate import GradientEstimate
 from lora_ga_trainer.gradients.probe_file import load_estimate, save_estimate
 from lora_ga_trainer.gradients.sketch import SketchedGradient, turn
@@ -174,8 +174,8 @@ def test_metadata_that_is_no_json_of_ours_is_refused(key: str, text: str, probe:
     refused_at_once(probe, "damaged")
 
 
-def ruin(name: str, change: Callable[[Tensor], object]) -> Callable[[dict[str, Tensor]], object]:
-    return lambda state: change(state[name])
+def ruin(name: str, change: Callable[[Tensor], object]) -> Callable[[Accumulator], object]:
+    return lambda sketch: change(getattr(sketch, name))
 
 
 RUINED = {
@@ -187,10 +187,10 @@ RUINED = {
 
 
 @pytest.mark.parametrize("change", RUINED.values(), ids=RUINED)
-def test_a_sketch_that_cannot_be_recovered_is_refused(change: Callable[[dict[str, Tensor]], object], tmp_path: Path):
+def test_a_sketch_that_cannot_be_recovered_is_refused(change: Callable[[Accumulator], object], tmp_path: Path):
     probe = Probe(tmp_path)
     probe.check(probe.read())
     estimate = probe.read()
-    change(estimate.estimators[probe.layers[1].name].state())
+    change(estimate.estimators[probe.layers[1].name])
     save_estimate(estimate, probe.config, probe.model, probe.layers, ROWS)
     refused_at_once(probe, "damaged")

@@ -220,6 +220,22 @@ def layer_of_size(exponent: int, sketched: bool) -> ExactGradient | SketchedGrad
     return estimator
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("exponent", [-90, -50, 50])
+def test_what_a_sketch_keeps_does_not_depend_on_the_unit_of_the_loss(exponent: int, dtype: torch.dtype) -> None:
+    """A factor of a power of two rounds nothing, in bf16 neither, whose squares go under in fp32 from 2^-75 on."""
+    kept = []
+    for power in (0, exponent):
+        generator = torch.Generator().manual_seed(0)
+        x, dy = (torch.randn(32, n, generator=generator).to(dtype) for n in (120, 140))
+        estimator = SketchedGradient((140, 120), k=24)
+        run(estimator, list(zip(x.chunk(4), (dy * 2.0**power).chunk(4), strict=True)))
+        top = estimator.svd(4)
+        kept.append((top.kept(0, 2), top.kept(2, 4), top.total / 4.0**power))
+    assert kept[1] == pytest.approx(kept[0], rel=1e-5)
+    assert kept[0][0] < 0.999
+
+
 @pytest.mark.parametrize("sketched", [False, True])
 @pytest.mark.parametrize("exponent", [-160, -151, -149, -146, -140, -132, -126, -110, 110])
 def test_a_gradient_that_goes_under_in_fp32_is_zero_or_a_start(exponent: int, sketched: bool) -> None:

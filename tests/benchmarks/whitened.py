@@ -1,14 +1,15 @@
 """
 Measure what a sketch keeps of the directions of the whitened gradient (`LoRAGAConfig(whitening=...)`).
 
-    python recipes/benchmarks/whitened.py --output whitened.json     # SmolLM2-135M, 10 minutes on a busy CPU core
-    python recipes/benchmarks/whitened.py --quick                    # tiny, seconds: shows it works
+    python tests/benchmarks/whitened.py --output whitened.json     # SmolLM2-135M, 10 minutes on a busy CPU core
+    python tests/benchmarks/whitened.py --quick                    # tiny, seconds: shows it works
 
-The samples are rows of Python's reference manual. Looked at are q, o, v, gate and down of the first, the middle and
-the last block. `init="gradient_directions"` takes r right singular vectors of the whitened gradient: X of the whole
-one, V of a sketch with each number of columns (`exact` where a sketch is not worth it). Told are the overlap
-`||V^T X||^2 / r` and the energy that V holds of the whitened gradient relative to X, mean and worst. The last row has
-the directions of the gradient that is not whitened.
+It stands with the tests because it calls routines that are not public. The samples are rows of Python's reference
+manual. Looked at are q, o, v, gate and down of the first, the middle and the last block.
+`init="gradient_directions"` takes r right singular vectors of the whitened gradient: X of the whole one, V of a sketch
+with each number of columns (`exact` where a sketch is not worth it). Told are the overlap `||V^T X||^2 / r` and the
+energy that V holds of the whitened gradient relative to X, mean and worst. The last row has the directions of the
+gradient that is not whitened.
 """
 
 import argparse
@@ -20,7 +21,8 @@ import tempfile
 from pathlib import Path
 
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes" / "benchmarks"))
 
 import torch
 from comparison.environment import environment
