@@ -34,7 +34,13 @@ def read_parameter(parameter: Tensor) -> Tensor:
         return parameter.full_tensor()
     if is_partitioned(parameter):
         from deepspeed import zero
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
+        # Where the input of a module needs no gradient, DeepSpeed lets its parameters go at the optimizer's step only.
+        # After a pass without a step they are whole, and it refuses to part them again.
+        partitioned: Any = parameter  # DeepSpeed has given it what it keeps of it
+        if partitioned.ds_active_sub_modules and partitioned.ds_status == ZeroParamStatus.AVAILABLE:
+            return parameter.detach().clone()
         with zero.GatheredParameters([parameter]):
             return parameter.detach().clone()
     return parameter.detach()
