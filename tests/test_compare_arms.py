@@ -526,7 +526,14 @@ def classifier_task(task: Task) -> Task:
     return replace(task, name="sequence-classification", data=data, load_model=load, make_trainer=make)
 
 
-@pytest.mark.parametrize("name", [*METHODS, "lora_ga+lora_pro"])
+# Those that keep what others do not. The others share their code, and 4 s each.
+CUT_OFF = ("lora_ga", "lora_ga+lora_pro", "adalora", "lotr", "compacter", "inca", "lora_fa", "full")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in CUT_OFF else pytest.mark.slow) for name in (*METHODS, "lora_ga+lora_pro")],
+)
 def test_a_run_that_was_cut_off_continues_and_ends_where_it_would_have(task, name, monkeypatch):
     task = classifier_task(task) if name == "inca" else task
     task = replace(task, args=replace(task.args, save_strategy="steps", optim="adamw_torch"))
