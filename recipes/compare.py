@@ -10,7 +10,6 @@ on where it stopped. `--plan_only true` says what it would cost. `comparison/met
 
 from pathlib import Path
 
-from accelerate import PartialState
 from comparison.arms import parse_arms
 from comparison.outcome import draw, reference_loss, shown_metric, to_json, to_table
 from comparison.plan import describe_plan
@@ -22,6 +21,7 @@ from finetuning.arguments import ARGUMENTS, parse
 from finetuning.cpu import adapt_to_cpu
 from finetuning.data import load_data
 from finetuning.models import load_model, load_tokenizer
+from finetuning.processes import end_processes
 from finetuning.training import make_collator, make_trainer
 
 
@@ -75,5 +75,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    # Threads of gloo that outlive the interpreter can abort it.
-    PartialState().destroy_process_group()
+    end_processes()

@@ -9,12 +9,12 @@ Any value of the YAML file can be given on the command line too, where it wins: 
 import json
 from pathlib import Path
 
-from accelerate import PartialState
 from finetuning.arguments import parse
 from finetuning.cpu import adapt_to_cpu
 from finetuning.data import load_data
 from finetuning.evaluation import add_perplexity, headline
 from finetuning.models import load_model, load_tokenizer, make_lora_config
+from finetuning.processes import end_processes
 from finetuning.training import make_trainer
 from transformers import set_seed
 
@@ -69,5 +69,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    # Threads of gloo that outlive the interpreter can abort it.
-    PartialState().destroy_process_group()
+    end_processes()

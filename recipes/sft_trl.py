@@ -10,11 +10,11 @@ YAML file can be given on the command line too, where it wins. `--help` lists th
 
 from pathlib import Path
 
-from accelerate import PartialState
 from finetuning.arguments import SourceArguments, parse
 from finetuning.cpu import adapt_to_cpu
 from finetuning.data import load_rows
 from finetuning.package_paths import resolve_reference
+from finetuning.processes import end_processes
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 
 from lora_ga_trainer import LoRAGAConfig, LoRAGAMixin
@@ -76,5 +76,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    # Threads of gloo that outlive the interpreter can abort it.
-    PartialState().destroy_process_group()
+    end_processes()

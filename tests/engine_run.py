@@ -25,8 +25,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import tiny
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
+from processes import end_processes
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
@@ -462,5 +463,4 @@ if __name__ == "__main__":
     torch.save(found, folder / engine / f"{part}-{os.environ['RANK']}.pt")
     if part == "main":
         torch.save(refused(engine, folder), folder / engine / f"refused-{os.environ['RANK']}.pt")
-    # Threads of gloo that outlive the interpreter can abort it.
-    PartialState().destroy_process_group()
+    end_processes()

@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import tiny
 import torch
-from accelerate import PartialState
 from peft import LoraConfig
+from processes import end_processes
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from lora_ga_trainer import LoRAGAConfig, LoRAGATrainer
@@ -87,5 +87,4 @@ def main(engine: str, device: str, base: str, folder: Path) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:4], Path(sys.argv[4]))
-    # Threads of gloo that outlive the interpreter can abort it.
-    PartialState().destroy_process_group()
+    end_processes()

@@ -280,7 +280,8 @@ except ValueError as caught:
 trainer.add_callback(begin)
 trainer.train(resume_from_checkpoint=True)
 (folder / ("seen" + os.environ["RANK"])).write_text(json.dumps([begin.step, error]))
-torch.distributed.destroy_process_group()
+from processes import end_processes
+end_processes()
 """
 
 

@@ -278,7 +278,8 @@ for correction in ("lora_pro", "lora_pro_adamw"):
     assert trainer.accelerator.num_processes == 2
     torch.save({{n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad}},
                {folder!r} + f"/{{correction}}{{trainer.accelerator.process_index}}.pt")
-torch.distributed.destroy_process_group()
+from processes import end_processes
+end_processes()
 """
 
 

@@ -673,7 +673,8 @@ assert trainer.accelerator.num_processes == 2
 torch.save({{n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad}},
            {folder!r} + f"/rank{{trainer.accelerator.process_index}}.pt")
 trainer.lora_ga_report.to_json({folder!r} + f"/report{{trainer.accelerator.process_index}}.json")
-torch.distributed.destroy_process_group()
+from processes import end_processes
+end_processes()
 """
 
 

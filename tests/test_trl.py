@@ -551,7 +551,8 @@ for case in {cases!r}:
     place = {folder!r} + f"/{{case}}{{trainer.accelerator.process_index}}"
     trainer.lora_ga_report.to_json(place + ".json")
     torch.save({{n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad}}, place + ".pt")
-torch.distributed.destroy_process_group()
+from processes import end_processes
+end_processes()
 """
 START = {"num_samples": 12, "estimator": "exact"}
 TOGETHER = ("completion", "packing", "dpo", "grpo")

@@ -11,12 +11,16 @@ import argparse
 import json
 import os
 import re
+import sys
 import tempfile
 from pathlib import Path
 
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
+from finetuning.processes import end_processes
 from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
@@ -97,5 +101,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    # Threads of gloo that outlive the interpreter can abort it.
-    PartialState().destroy_process_group()
+    end_processes()

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
+from processes import end_processes
 from test_poison import make, rows
 
 
@@ -36,5 +36,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    # Threads of gloo that outlive the interpreter can abort it.
-    PartialState().destroy_process_group()
+    end_processes()
