@@ -33,7 +33,15 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from transformers import LlamaForCausalLM, TrainerCallback, default_data_collator
 
-from lora_ga_trainer import RULES, LoRAGAConfig, LoRAGATrainer, LoRAProAdamW, LoRAProOptimizer, plan_ranks
+from lora_ga_trainer import (
+    RULES,
+    AdapterAnalysisCallback,
+    LoRAGAConfig,
+    LoRAGATrainer,
+    LoRAProAdamW,
+    LoRAProOptimizer,
+    plan_ranks,
+)
 from lora_ga_trainer.adapters.anchor import start_values
 from lora_ga_trainer.adapters.find import find_adapted_layers
 from lora_ga_trainer.adapters.layer import AdaptedLayer
@@ -438,7 +446,36 @@ def frozen_part(engine: str, folder: Path) -> dict[str, Any]:
     }
 
 
+class Alone(AdapterAnalysisCallback):
+    """On the second process of two the folder can't be seen, as on a second machine with a disk of its own."""
+
+    def on_save(self, args: Any, *more: Any, **kwargs: Any) -> None:
+        if self.trainer.accelerator.process_index == 1:
+            args = SimpleNamespace(output_dir="/nowhere")
+        super().on_save(args, *more, **kwargs)
+
+
+def analysed_part(engine: str, folder: Path) -> dict[str, Any]:
+    """Analyse every checkpoint, and once more where only one process sees the folder."""
+    config, saves = {"estimator": "exact"}, {"save_strategy": "steps", "save_steps": SAVED, "learning_rate": 0.02}
+    trainer = make_trainer(engine, folder, "analysed", config, **saves)
+    analysis = AdapterAnalysisCallback(trainer, k=4, eps=0.6)
+    trainer.add_callback(analysis)
+    trainer.train()
+    trainer = make_trainer(engine, folder, "analysed alone", config, **saves)
+    alone = Alone(trainer, k=4, eps=0.6)
+    trainer.add_callback(alone)
+    trainer.train()
+    return {
+        "reports": {step: report.to_dict() for step, report in analysis.reports.items()},
+        "alone": list(alone.reports),
+        "logged": [log["step"] for log in trainer.state.log_history if "lora_ga/adapter_norm" in log],
+        "steps": trainer.state.global_step,
+    }
+
+
 PARTS = {
+    "analysed": analysed_part,
     "frozen": frozen_part,
     "second": second_look_part,
     "ranks": ranks_part,

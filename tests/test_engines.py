@@ -7,6 +7,7 @@ One start on every engine: two real processes (gloo, CPU) against one, under DDP
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import re
 import signal
@@ -44,6 +45,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaForCausalLM
 from transformers.distributed import DistributedConfig
+
+from lora_ga_trainer import analyse_adapter
 
 
 # DeepSpeed builds its CPU optimizer at its first use, which takes more than a minute.
@@ -479,6 +482,29 @@ def test_a_killed_run_resumes_bitwise(kind: str, folder: Path) -> None:
         assert not found["probed again"]
         for name, value in found["whole"].items():
             assert torch.equal(found["resumed"][name], value), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [name for name in ENGINES if name != "single"])
+def test_checkpoints_are_analysed_as_their_folders_are(kind: str, folder: Path) -> None:
+    """A base in parts is gathered by all processes together, so all must see the folder, or none begins."""
+    ended = launch(kind, "analysed", folder)
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    ours, other = (torch.load(folder / kind / f"analysed-{rank}.pt", weights_only=False) for rank in range(2))
+    gathers = kind in ("fsdp2", "zero3")
+    assert list(ours["reports"]) == [SAVED, STEPS]
+    assert list(other["reports"]) == ([SAVED, STEPS] if gathers else [])
+    for step, report in ours["reports"].items():
+        base = LlamaForCausalLM.from_pretrained(folder / "base")
+        place = folder / kind / "analysed" / f"checkpoint-{step}"
+        expected = analyse_adapter(base, place, k=4, eps=0.6).to_dict()
+        assert report["layers"] == expected["layers"]
+        assert json.loads((place / "adapter_report.json").read_text())["layers"] == json.loads(
+            json.dumps(expected["layers"])
+        )
+    assert ours["steps"] == STEPS
+    assert (ours["alone"], other["alone"]) == (([], []) if gathers else ([SAVED, STEPS], []))
+    assert ("not on every process" in ended.stderr) == gathers
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -34,8 +35,9 @@ class AdapterAnalysisCallback(TrainerCallback):
         trainer.add_callback(AdapterAnalysisCallback(trainer))
 
     The figures are those of [`analyse_adapter`], under `lora_ga/adapter_...`; trackers that take pictures get one. The
-    whole report goes into the checkpoint's folder, `adapter_report.json`. The base is the model in memory, so it may
-    be quantised or sharded. What can't be analysed is one warning, and training goes on.
+    whole report goes into the checkpoint's folder, `adapter_report.json`. The base is the model in memory, so it
+    may be quantised or sharded; where it is sharded all processes read the folder. What can't be analysed is one
+    warning, and training goes on.
 
     Training waits meanwhile: seconds on a small model. On a large one leave intruders out with `k=0`, and look for
     them in a finished folder.
@@ -70,9 +72,14 @@ class AdapterAnalysisCallback(TrainerCallback):
             gathers = self.k > 0 and any(is_sharded(layer.weight) for layer in find_lora_layers(model))
             if not gathers and not trainer.is_world_process_zero():
                 return
+            if gathers:
+                trainer.accelerator.wait_for_everyone()  # the first one has written the files then
             folder = require_adapter(model).place(Path(args.output_dir) / name)
-            if not (folder / WEIGHTS_FILE).is_file():
-                raise ValueError(f"{folder} has no {WEIGHTS_FILE}")
+            found = (folder / WEIGHTS_FILE).is_file()
+            # All begin or none does: a process that raised alone would leave the others waiting for its parts.
+            if not (all(gather_object([found])) if gathers else found):
+                where = ", or not on every process: the base is in parts, so all read the files" if gathers else ""
+                raise ValueError(f"{folder} has no {WEIGHTS_FILE}{where}.")
             report = analyse_adapter(
                 model if self.k else None, folder, probe_file=self.probe_file, k=self.k, eps=self.eps
             )
