@@ -106,7 +106,7 @@ class LoRAGACallback(TrainerCallback):
                     f"LoRAGACallback: factor_dropout_ensemble={self.config.factor_dropout_ensemble} changes how a "
                     "trainer evaluates, where a callback has no say. Use LoRAGATrainer or LoRAGAMixin."
                 )
-        if not overrides and record_of_model(trainer.model) is not None:
+        if not overrides and (record_of_model(trainer.model) is not None or not self.config.train_A):
             patch_trainer(trainer, self)
 
     def on_train_begin(

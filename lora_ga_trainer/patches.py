@@ -18,6 +18,7 @@ from .gradients.state import global_names
 from .optimizers.weight_decay import without_anchored
 from .saving.checkpoint import load_with_adapter, save_with_adapter
 from .saving.resume import checked_checkpoint
+from .saving.untrained import restore_untrained
 
 
 if TYPE_CHECKING:
@@ -114,7 +115,9 @@ def patch_trainer(trainer: Trainer, callback: LoRAGACallback) -> None:
     @functools.wraps(train)
     def checked_train(resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         put_first(trainer, callback, own_callbacks(trainer))
-        return train(checked_checkpoint(trainer, resume_from_checkpoint), *args, **kwargs)
+        checkpoint = checked_checkpoint(trainer, resume_from_checkpoint)
+        restore_untrained(trainer, checkpoint)
+        return train(checkpoint, *args, **kwargs)
 
     def undecayed(model: nn.Module) -> list[str]:
         # Decay would untie the halves of `A` and shrink `B0`.
@@ -127,7 +130,7 @@ def patch_trainer(trainer: Trainer, callback: LoRAGACallback) -> None:
     save, load, load_best = trainer._save, trainer._load_from_checkpoint, trainer._load_best_model
 
     def whole_save(output_dir: str | None = None, state_dict: Any = None) -> None:
-        save_with_adapter(trainer, lambda: save(output_dir, state_dict), output_dir, state_dict)
+        save_with_adapter(trainer, lambda whole: save(output_dir, whole), output_dir, state_dict)
 
     def whole_load(folder: str, *args: Any, **kwargs: Any) -> None:
         load_with_adapter(trainer, lambda: load(folder, *args, **kwargs), folder, best=False)

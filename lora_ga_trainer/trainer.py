@@ -27,6 +27,7 @@ from .ranks.plan import RankPlan
 from .rates.report import RateReport
 from .saving.checkpoint import load_with_adapter, save_with_adapter
 from .saving.resume import checked_checkpoint, checkpoint_to_resume
+from .saving.untrained import restore_untrained
 from .starts.prepare import prepare_adapter, require_config
 from .starts.report import GradientReport
 from .starts.tracking import write_report
@@ -105,7 +106,9 @@ class LoRAGAMixin(_AnyTrainer):
         With `resume_from_checkpoint=True` the newest one that was written to its end is taken.
         """
         put_first(self, self._lora_ga_callback, self._own_callbacks)
-        return super().train(checked_checkpoint(self, resume_from_checkpoint), *args, **kwargs)
+        checkpoint = checked_checkpoint(self, resume_from_checkpoint)
+        restore_untrained(self, checkpoint)
+        return super().train(checkpoint, *args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None, *args: Any, **kwargs: Any) -> None:
         """Log as the Trainer does, with the time of the start left out of the runtime and the rates."""
@@ -115,7 +118,7 @@ class LoRAGAMixin(_AnyTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Save as the Trainer does, the adapter's own files included."""
-        save = lambda: super(LoRAGAMixin, self)._save(output_dir, state_dict)
+        save = lambda whole: super(LoRAGAMixin, self)._save(output_dir, whole)
         save_with_adapter(self, save, output_dir, state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:

@@ -54,7 +54,10 @@ from lora_ga_trainer.starts.prepare import prepare_adapter
 STEPS, SAVED, KILLED = 10, 5, 7
 ROWS = 11  # no multiple of the 4 samples of a step: the last batch does not divide
 SKETCH = {"sketch_size": 8, "estimator": "sketch", "min_energy_kept": None}
-RESUMED = {"estimator": "exact", "correction": "lora_pro"}
+RESUMED = {
+    "lora_pro": {"estimator": "exact", "correction": "lora_pro"},
+    "B alone": {"estimator": "exact", "train_A": False},
+}
 SAVES = {"save_strategy": "steps", "save_steps": SAVED, "dropout": 0.1}
 
 
@@ -108,7 +111,7 @@ def adapter_of(trainer: LoRAGATrainer) -> dict[str, torch.Tensor]:
     return {
         name: read_parameter(parameter).clone()
         for name, parameter in trainer.model.named_parameters()
-        if parameter.requires_grad
+        if "lora_" in name
     }
 
 
@@ -206,16 +209,16 @@ def main_part(engine: str, folder: Path) -> dict[str, Any]:
     return found
 
 
-def killed_part(engine: str, folder: Path) -> dict[str, Any]:
-    trainer = make_trainer(engine, folder, "killed", RESUMED, callbacks=[Kill()], **SAVES)
+def killed_part(engine: str, folder: Path, run: str) -> dict[str, Any]:
+    trainer = make_trainer(engine, folder, f"killed {run}", RESUMED[run], callbacks=[Kill()], **SAVES)
     trainer.train()
     raise AssertionError("unreachable")
 
 
-def resumed_part(engine: str, folder: Path) -> dict[str, Any]:
-    trainer = make_trainer(engine, folder, "killed", RESUMED, **SAVES)
+def resumed_part(engine: str, folder: Path, run: str) -> dict[str, Any]:
+    trainer = make_trainer(engine, folder, f"killed {run}", RESUMED[run], **SAVES)
     trainer.train(resume_from_checkpoint=True)
-    whole = make_trainer(engine, folder, "whole", RESUMED, **SAVES)
+    whole = make_trainer(engine, folder, f"whole {run}", RESUMED[run], **SAVES)
     whole.train()
     return {
         "probed again": trainer.lora_ga_report is not None,
@@ -436,6 +439,8 @@ def frozen_part(engine: str, folder: Path) -> dict[str, Any]:
         callbacks=[Keep()],
         rows=tiny.causal_rows(4 * STEPS),
         weight_decay=0.1,
+        save_strategy="steps",
+        save_steps=STEPS,
     )
     factors = lambda: factors_of(find_adapted_layers(trainer.accelerator.unwrap_model(trainer.model)))
     trainer.train()
@@ -486,8 +491,10 @@ PARTS = {
     "moments": moments_part,
     "directions": directions_part,
     "embedding": embedding_part,
-    "killed": killed_part,
-    "resumed": resumed_part,
+} | {
+    f"{name} {run}": functools.partial(part, run=run)
+    for name, part in (("killed", killed_part), ("resumed", resumed_part))
+    for run in RESUMED
 }
 
 

@@ -47,12 +47,20 @@ from transformers import LlamaForCausalLM
 from transformers.distributed import DistributedConfig
 
 from lora_ga_trainer import analyse_adapter
+from lora_ga_trainer.adapters.find import find_lora_layers
 
 
 # DeepSpeed builds its CPU optimizer at its first use, which takes more than a minute.
 ZERO = [pytest.param(name, marks=pytest.mark.slow) for name in ("zero2", "zero3")]
 ENGINES = ["ddp", "fsdp2", *ZERO]
-RESUMABLE = ["ddp", *ZERO]
+RESUMABLE = [
+    ("ddp", "lora_pro"),
+    ("ddp", "B alone"),
+    ("zero2", "lora_pro"),
+    ("zero2", "B alone"),
+    ("zero3", "lora_pro"),
+    ("zero3", "B alone"),
+]
 SCRIPT = Path(__file__).with_name("engine_run.py")
 
 
@@ -467,21 +475,25 @@ def test_the_moments_of_lora_pro_adamw_are_sharded_like_the_base(by_hand: Any, f
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", RESUMABLE)
-def test_a_killed_run_resumes_bitwise(kind: str, folder: Path) -> None:
-    ended = launch(kind, "killed", folder)
+@pytest.mark.parametrize(("kind", "run"), RESUMABLE)
+def test_a_killed_run_resumes_bitwise(kind: str, run: str, folder: Path) -> None:
+    ended = launch(kind, f"killed {run}", folder)
     assert ended.returncode != 0
     assert f"Signal {signal.SIGKILL.value}" in ended.stderr or "-9" in ended.stderr, ended.stderr[-2000:]
-    place = folder / kind / "killed"
+    place = folder / kind / f"killed {run}"
     assert [path.name for path in place.glob("checkpoint-*")] == [f"checkpoint-{SAVED}"]
     assert SAVED < KILLED < STEPS
-    ended = launch(kind, "resumed", folder)
+    ended = launch(kind, f"resumed {run}", folder)
     assert ended.returncode == 0, ended.stderr[-4000:]
     for rank in range(2):
-        found = torch.load(folder / kind / f"resumed-{rank}.pt", weights_only=False)
+        found = torch.load(folder / kind / f"resumed {run}-{rank}.pt", weights_only=False)
         assert not found["probed again"]
         for name, value in found["whole"].items():
             assert torch.equal(found["resumed"][name], value), name
+        saved = load_file(folder / kind / f"whole {run}" / f"checkpoint-{STEPS}" / "adapter_model.safetensors")
+        assert {name.replace(".default.", ".") for name in found["whole"]} == saved.keys()
+        for name, value in found["whole"].items():
+            assert torch.equal(saved[name.replace(".default.", ".")], value), name
 
 
 @pytest.mark.slow
@@ -522,3 +534,9 @@ def test_b_alone_is_trained_as_on_one_process(kind: str, folder: Path) -> None:
         assert torch.equal(B, other["end"][name][1])
         assert not ours["start"][name][1].any()
         assert B.any()
+    place = folder / kind / "frozen" / f"checkpoint-{STEPS}"
+    model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(folder / "base"), place)
+    for layer in find_lora_layers(model):
+        A, B = ours["end"][layer.name]
+        assert torch.equal(layer.stored_A, A)
+        assert torch.equal(layer.stored_B, B)

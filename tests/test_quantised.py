@@ -20,7 +20,14 @@ from peft.tuners.lora import Linear as LoraLinear
 from test_probe import assert_equal_gradients, causal_loss, exact, in_order, probe
 from test_trainer import adapter_of, assert_bitwise, logits_of
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, QuantoConfig, TorchAoConfig, Trainer
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    QuantoConfig,
+    TorchAoConfig,
+    Trainer,
+    TrainerCallback,
+)
 
 from lora_ga_trainer import LoRAGAConfig, LoRAGATrainer, load_adapter
 from lora_ga_trainer.adapters.find import find_adapted_layers
@@ -122,7 +129,7 @@ def bits(value: Tensor) -> list[Tensor]:
 
 
 def swap(model: nn.Module, output: Any, lora_ga: dict[str, Any] | None = None, **changes: Any) -> LoRAGATrainer:
-    lora = LoraConfig(**(LORA | changes.pop("lora", {})))
+    lora, callbacks = LoraConfig(**(LORA | changes.pop("lora", {}))), changes.pop("callbacks", None)
     torch.manual_seed(11)
     return LoRAGATrainer(
         model,
@@ -130,7 +137,18 @@ def swap(model: nn.Module, output: Any, lora_ga: dict[str, Any] | None = None, *
         train_dataset=tiny.causal_rows(24),
         peft_config=None if isinstance(model, PeftModel) else lora,
         lora_ga_config=LoRAGAConfig(**({"num_samples": 8} | (lora_ga or {}))),
+        callbacks=callbacks,
     )
+
+
+class Start(TrainerCallback):
+    """Keeps what training begins from."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            self.factors = {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
+            self.logits = logits_of(model)
+            model.train()
 
 
 # fp32: roundings of 2^-24 and sums over 108 tokens; the same 2e-6 that unquantised models are held to in test_probe
@@ -434,6 +452,29 @@ def test_the_corrected_optimizers_leave_a_quantised_base_alone(correction: str, 
     assert all(torch.isfinite(value).all() for value in adapter_of(trainer).values())
     assert any(not torch.equal(value, start[name]) for name, value in adapter_of(trainer).items())
     after = {name.replace("base_layer.", ""): v for name, v in base_bits(trainer.model.get_base_model()).items()}
+    assert_bitwise(before, after)
+
+
+@every_base
+@pytest.mark.parametrize("init", ["none", "lora_ga"])
+def test_b_alone_is_trained_resumed_and_loaded_to_the_bit(init: str, kind: str, folder: Path, tmp_path: Any) -> None:
+    """`B = 0` makes the start the quantised base itself, and then `A` never moves."""
+    make, config = BASES[kind], {"init": init, "train_A": False}
+    settings = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant", "learning_rate": 0.02}
+    model = quantised(folder, make())
+    before, clean, begin = base_bits(model), logits_of(model), Start()
+    whole = swap(model, tmp_path / "whole", config, callbacks=[begin], **settings)
+    whole.train()
+    ended = {name: p.detach().clone() for name, p in whole.model.named_parameters() if "lora_" in name}
+    assert torch.equal(begin.logits, clean)
+    for name, value in ended.items():
+        assert torch.equal(value, begin.factors[name]) == ("lora_A" in name), name
+    resumed = swap(quantised(folder, make()), tmp_path / "resumed", config, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert_bitwise(ended, {name: p.detach() for name, p in resumed.model.named_parameters() if "lora_" in name})
+    fresh = PeftModel.from_pretrained(quantised(folder, make()), tmp_path / "whole" / "checkpoint-4")
+    assert torch.equal(logits_of(fresh), logits_of(whole.model))
+    after = {name.replace("base_layer.", ""): v for name, v in base_bits(whole.model.get_base_model()).items()}
     assert_bitwise(before, after)
 
 

@@ -92,23 +92,30 @@ def is_partitioned(parameter: Tensor) -> bool:
 
 
 def _write_deepspeed(engine: Any, values: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
-    from deepspeed import zero
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
     # The probe's forward pass may leave a gathered copy behind, and then the next gathering fails.
     engine.empty_partition_cache()
     for parameter, value in values:
-        if is_partitioned(parameter):
-            with zero.GatheredParameters([parameter], modifier_rank=0):
-                parameter.copy_(value)
-        else:
-            parameter.copy_(value)
+        write_whole(parameter, value)
         # The first step starts from the master copy and would undo a write to the parameter alone.
         value = value.to(parameter.device, torch.float32)
         if is_partitioned(parameter):
             safe_set_local_fp32_param(parameter, partitions(value, parameter)[_partition_rank(parameter)])
         else:
             safe_set_full_fp32_param(parameter, value)
+
+
+@torch.no_grad()
+def write_whole(parameter: Tensor, value: Tensor) -> None:
+    """Copy a full value into a parameter that ZeRO-3 may have partitioned, and not into master copies. Collective."""
+    if not is_partitioned(parameter):
+        parameter.copy_(value)
+        return
+    from deepspeed import zero
+
+    with zero.GatheredParameters([parameter], modifier_rank=0):
+        parameter.copy_(value)
 
 
 def partitions(value: Tensor, parameter: Any) -> Tensor:  # (processes, numbers of a part)

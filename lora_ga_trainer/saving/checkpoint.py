@@ -23,6 +23,7 @@ from transformers import Trainer
 
 from ..adapters.host import WEIGHTS_FILE, AdapterHost, require_adapter
 from .record import record_of_model, recorded_config
+from .untrained import with_untrained
 
 
 if TYPE_CHECKING:
@@ -30,23 +31,28 @@ if TYPE_CHECKING:
 
 
 def save_with_adapter(
-    trainer: Trainer, save: Callable[[], None], folder: str | None, state_dict: Mapping[str, Tensor] | None
+    trainer: Trainer,
+    save: Callable[[Mapping[str, Tensor] | None], None],
+    folder: str | None,
+    state_dict: Mapping[str, Tensor] | None,
 ) -> None:
     """
     Let a trainer save its model, and add the adapter's files where it has written the model's whole state alone.
 
-    With them plain PEFT can load the folder on the clean base, and a resume knows the start.
+    With them plain PEFT can load the folder on the clean base, and a resume knows the start. What an engine leaves out
+    of the state is added. Collective under DeepSpeed.
 
     Args:
         trainer: its model is looked at.
-        save: the trainer's own saving.
+        save: the trainer's own saving, of a state dict.
         folder: that it saves to; default `output_dir`.
         state_dict: of the whole model, where an engine has gathered it.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     config = recorded_config(model)
     before = 0 if config is None else config.saves
-    save()
+    state_dict = with_untrained(trainer, state_dict)
+    save(state_dict)
     if config is None or config.record is None or not config.record.initialised or config.saves > before:
         return
     if trainer.args.should_save:
