@@ -1,6 +1,7 @@
 """An average of adapters is the weighted sum of the whole matrices `s B A`, or its best approximation."""
 
 import json
+import sys
 import warnings
 from pathlib import Path
 
@@ -14,6 +15,11 @@ from safetensors.torch import load_file, save_file
 from lora_ga_trainer import LoRAGAConfig, LoRAGATrainer, average_adapters
 from lora_ga_trainer.adapters.find import find_lora_layers
 from lora_ga_trainer.saving.record import FILE_NAME
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+
+import average_adapters as recipe
 
 
 # Of different ranks, scalings, targets and dtypes.
@@ -319,3 +325,23 @@ def test_folders_that_can_not_be_are_refused(three, tmp_path):
         average_adapters(folders, folders[1])
     with pytest.raises(ValueError, match=r"adapter_config\.json is not the config of an adapter"):
         average_adapters([tmp_path / "nothing"], tmp_path / "out")
+
+
+# --- the program
+
+
+def test_the_program_writes_what_the_function_does_and_says_its_errors(three, tmp_path, capsys):
+    _, folders = three
+    output = tmp_path / "program"
+    found = recipe.main([*map(str, folders), "--output", str(output), "--rank", "3", "--weights", "0.5", "-1", "2"])
+    expected = average_adapters(folders, tmp_path / "function", rank=3, weights=[0.5, -1.0, 2.0])
+    assert found == expected
+    tensors, others = (load_file(place / "adapter_model.safetensors") for place in (output, tmp_path / "function"))
+    assert all(torch.equal(value, others[name]) for name, value in tensors.items())
+    assert (output / "average_error.png").is_file()
+    header, *lines, total = capsys.readouterr().out.splitlines()
+    assert header.split() == ["layer", "error"]
+    layers = {name: error for name, error in expected.items() if name != "total"}
+    assert [line.split()[0] for line in lines] == sorted(layers, key=lambda name: -layers[name])
+    assert all(float(line.split()[1]) == pytest.approx(layers[line.split()[0]], abs=5e-4) for line in lines)
+    assert f"all {len(layers)} layers together {expected['total']:.3f}; adapter saved to {output}" in total
