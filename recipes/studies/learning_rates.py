@@ -63,6 +63,9 @@ CELLS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "lora_plus": ({"init": "none", "loraplus_lr_ratio": 16.0}, {}),
     "plain, r = 2, alpha = 64": ({"init": "none"}, {"r": 2, "lora_alpha": 64}),
     "plain, r = 64": ({"init": "none"}, {"r": 64}),
+    "directions, whitened": ({"init": "gradient_directions", "whitening": 0.5}, {}),
+    "lora_ga + lora_pro": ({"init": "lora_ga", "correction": "lora_pro"}, {}),
+    "plain + lora_pro_adamw": ({"init": "none", "correction": "lora_pro_adamw"}, {}),
 }
 
 
@@ -116,8 +119,15 @@ def try_rival(rule: str, make: Callable[..., LoRAGATrainer]) -> dict[str, float]
 
 
 def can_step(rule: str, cell: str) -> bool:
-    """Tell whether a rival can train a cell: Prodigy looks at all entries at once, which anchored factors forbid."""
-    return rule != "prodigy" or CELLS[cell][0]["init"] in ("none", "lora_one")
+    """
+    Tell whether a rival can train a cell.
+
+    An optimizer of its own can't be corrected, and Prodigy looks at all entries at once, which anchored factors forbid.
+    """
+    start = CELLS[cell][0]
+    if rule in FREE and "correction" in start:
+        return False
+    return rule != "prodigy" or start["init"] != "lora_ga"
 
 
 def loss_after_training(trainer: LoRAGATrainer) -> float:
