@@ -3,9 +3,10 @@ Measure what the analysis of an adapter holds in memory, on the shapes of a larg
 
     OMP_NUM_THREADS=1 python recipes/benchmarks/analyse_memory.py --layers 1 2
 
-Writes a folder of random bf16 weights with the shapes of Llama-2-70B, one file of safetensors a decoder layer, and an
-adapter of r = 16 on all of its linear layers. `analyse_adapter` reads it in a process of its own, and the peak of that
-process is `VmHWM` of the kernel less what it held before. A decoder layer takes 1.7 GB on the disk.
+Writes a folder of bf16 weights with the shapes of Llama-2-70B, one file of safetensors a decoder layer, and an adapter
+of r = 16 on all of its linear layers. The weights are random, with 16 directions that stand out as those of trained ones
+do. `analyse_adapter` reads the folder in a process of its own, and the peak of that process is `VmHWM` of the kernel less
+what it held before. A decoder layer takes 1.7 GB on the disk.
 """
 
 import argparse
@@ -34,7 +35,7 @@ WEIGHTS = {
     "mlp.up_proj": (INNER, HIDDEN),
     "mlp.down_proj": (HIDDEN, INNER),
 }
-RANK = 16
+RANK = STRONG = 16
 
 
 def write_layer(base: Path, layer: int) -> dict[str, torch.Tensor]:
@@ -43,7 +44,10 @@ def write_layer(base: Path, layer: int) -> dict[str, torch.Tensor]:
     weights, factors = {}, {}
     for kind, (out, inner) in WEIGHTS.items():
         name = f"model.layers.{layer}.{kind}"
-        weights[f"{name}.weight"] = torch.randn(out, inner, dtype=torch.bfloat16).mul_(0.02)
+        W = torch.randn(out, inner).mul_(0.02)  # its singular values end near .02 (sqrt(out) + sqrt(in))
+        ends = 0.02 * (out**0.5 + inner**0.5) * torch.linspace(6, 2, STRONG)
+        U, V = (torch.linalg.qr(torch.randn(size, STRONG)).Q for size in (out, inner))
+        weights[f"{name}.weight"] = W.addmm_(U * ends, V.T).bfloat16()
         factors[f"base_model.model.{name}.lora_A.weight"] = torch.randn(RANK, inner) / inner**0.5
         factors[f"base_model.model.{name}.lora_B.weight"] = 0.0004 * torch.randn(out, RANK) * (inner / RANK) ** 0.5
     save_file(weights, base / f"model-{layer + 1:05d}.safetensors")

@@ -122,7 +122,7 @@ def can_step(rule: str, cell: str) -> bool:
     """
     Tell whether a rival can train a cell.
 
-    An optimizer of its own can't be corrected, and Prodigy looks at all entries at once, which anchored factors forbid.
+    An optimizer of its own can't be corrected, and Prodigy looks at all entries at once, which anchored ones forbid.
     """
     start = CELLS[cell][0]
     if rule in FREE and "correction" in start:
