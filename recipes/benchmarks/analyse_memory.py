@@ -4,9 +4,9 @@ Measure what the analysis of an adapter holds in memory, on the shapes of a larg
     OMP_NUM_THREADS=1 python recipes/benchmarks/analyse_memory.py --layers 1 2
 
 Writes a folder of bf16 weights with the shapes of Llama-2-70B, one file of safetensors a decoder layer, and an adapter
-of r = 16 on all of its linear layers. The weights are random, with 16 directions that stand out as those of trained ones
-do. `analyse_adapter` reads the folder in a process of its own, and the peak of that process is `VmHWM` of the kernel less
-what it held before. A decoder layer takes 1.7 GB on the disk.
+of r = 16 on all of its linear layers. The weights are random, with 16 directions that stand out as those of trained
+weights do. `analyse_adapter` reads the folder in a process of its own, and the peak of that process is `VmHWM` of the
+kernel less what it held before. A decoder layer takes 1.7 GB on the disk.
 """
 
 import argparse
