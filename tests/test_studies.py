@@ -134,6 +134,19 @@ def test_directions_are_those_of_the_gradient_and_rows_keep_their_lengths(tmp_pa
         assert not layer.stored_B.any()
 
 
+def test_the_rows_of_lora_da_are_those_of_the_natural_gradient(tmp_path: Path) -> None:
+    """Of `D = (P + l)^-1 G (Q + l)^-1`, from inverses and an eigendecomposition."""
+    study = directions.Study(tmp_path / "directions.json", "manual", base_steps=2, steps=2)
+    found = study._directions("lora_da", 2, seed=3)
+    for name, (G, of_x, of_dy) in study._statistics(3).items():
+        assert torch.equal(of_x, of_x.T)
+        Q = of_x / of_x.trace() * len(of_x) + 0.01 * torch.eye(len(of_x), dtype=torch.float64)
+        D = torch.diag(1 / (of_dy / of_dy.sum() * len(of_dy) + 0.01)) @ G @ torch.linalg.inv(Q)
+        V = torch.linalg.eigh(D.T @ D).eigenvectors[:, -2:]
+        assert torch.linalg.cond(Q) < 1e5
+        torch.testing.assert_close(found[name] @ found[name].T, V @ V.T, rtol=0, atol=1e-6)
+
+
 def test_the_scalings_are_what_their_names_say() -> None:
     scalings = dict.fromkeys(("plain", "rslora", "alpha16", "alpha256"), 0.0)
     for arm in scalings:

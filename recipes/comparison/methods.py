@@ -190,4 +190,7 @@ METHODS = {
     ),
     "lora_ga": Method("LoRA-GA, arXiv 2407.05000, anchored", _add_lora, init="lora_ga"),
     "lora_one": Method("LoRA-One, arXiv 2502.01235", _add_lora, init="lora_one"),
+    "gradient_directions": Method(
+        "plain LoRA whose rows of A point along the gradient, B = 0", _add_lora, init="gradient_directions"
+    ),
 }

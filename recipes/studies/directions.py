@@ -15,6 +15,8 @@ directions have rows of `A0` as long as plain LoRA's:
 * `oracle`: the top right singular vectors of what full fine-tuning changed, with another seed, at its best rate;
 * `w=0`, `w=.25`, `w=.5`: the top right singular vectors of `(P + l)^-w G (Q + l)^-w`. `G` is the gradient of 64 rows,
   `P` and `Q` are the mean squares of output-gradients and inputs by feature, divided by their means, and l is .01;
+* `lora_da`: those of `(P + l)^-1 G (Q + l)^-1` with the whole second moment `Q` of the inputs: the rows of LoRA-DA
+  (2510.24561) without its `B0`, and without its term for the variance of few samples, whose weight is not known here;
 * `lora_ga`: LoRA-GA's own start.
 
 Takes about 2 hours on one CPU core and continues from its file.
@@ -36,7 +38,7 @@ from transformers import LlamaForCausalLM, Trainer, default_data_collator, set_s
 from lora_ga_trainer import LoRAGAConfig, LoRAGATrainer, find_adapted_layers
 
 
-ARMS = ("plain", "rslora", "alpha16", "alpha256", "orthogonal", "oracle", "w=0", "w=.25", "w=.5", "lora_ga")
+ARMS = ("plain", "rslora", "alpha16", "alpha256", "orthogonal", "oracle", "w=0", "w=.25", "w=.5", "lora_da", "lora_ga")
 RATES = [10 ** (-4.5 + index / 4) for index in range(15)]
 SAMPLES, DAMPING, ORACLE_SEED = 64, 0.01, 100
 Directions = dict[str, Tensor]  # by layer, (in, r): unit columns
@@ -103,9 +105,16 @@ class Study:
             exponent = float(arm.removeprefix("w="))
             whitened = {}
             for name, (G, of_x, of_dy) in self._statistics(seed).items():
-                left, right = ((m / m.mean() + DAMPING) ** -exponent for m in (of_dy, of_x))
+                left, right = ((m / m.mean() + DAMPING) ** -exponent for m in (of_dy, of_x.diagonal()))
                 whitened[name] = right_vectors(left[:, None] * G * right, r)
             return whitened
+        if arm == "lora_da":
+            found = {}
+            for name, (G, of_x, of_dy) in self._statistics(seed).items():
+                P = of_dy / of_dy.mean() + DAMPING
+                Q = of_x / of_x.diagonal().mean() + DAMPING * torch.eye(len(of_x), dtype=of_x.dtype)
+                found[name] = right_vectors(torch.linalg.solve(Q, (G / P[:, None]).T).T, r)
+            return found
         return None
 
     def _change_of_full(self) -> dict[str, Tensor]:
@@ -122,7 +131,7 @@ class Study:
         return self.change
 
     def _statistics(self, seed: int) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-        """Return of each layer `G (out, in)`, and the sums of squares `(in,)` of `x` and `(out,)` of `dy`."""
+        """Return of each layer `G (out, in)`, the sum of `x x^T (in, in)` and that of the squares of `dy` `(out,)`."""
         model = self.model()
         found = {name: [0.0, 0.0, 0.0] for name in self.linear}
 
@@ -132,7 +141,7 @@ class Study:
 
                 def add(dy: Tensor) -> None:
                     dy = dy.flatten(0, -2).double()
-                    for index, value in enumerate((dy.T @ x, x.square().sum(0), dy.square().sum(0))):
+                    for index, value in enumerate((dy.T @ x, x.T @ x, dy.square().sum(0))):
                         found[name][index] = found[name][index] + value
 
                 y.register_hook(add)
