@@ -2,76 +2,25 @@
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from typing import Any
 
+from .config_help import document_fields
+from .config_rules import DefaultGamma, require_sound
 from .maths.inits import INITS
 from .maths.ranks import DEFAULT_RULE, RULES
-from .maths.whitening import MOST
-from .optimizers.adamw import STATE_DTYPES
 from .optimizers.registry import OPTIMIZERS, ChosenOptimizer, OptimizerEntry, corrections
 
 
-DIRECTIONS = ("ArB2r", "A2rBr", "ArBr", "random")
-SCALES = ("stable", "unit", "gd", "matched", "weight_svd")
-ESTIMATORS = ("sketch", "exact")
-PROBE_ORDERS = ("random", "train")
-RANKS = ("given", "auto")
-
-
 # What is added to the help of a field that names an entry of a registry.
-_REGISTERED: dict[str, Callable[[], str]] = {
+_REGISTERED = {
     "init": lambda: "".join(f" {name!r} ({init.about})." for name, init in INITS.items()),
     "correction": lambda: "".join(f" {name!r} ({OPTIMIZERS[name].about})." for name in corrections()),
     "rank_rule": lambda: "".join(f" {name!r} ({rule.about})." for name, rule in RULES.items()),
 }
 
 
-_Class = TypeVar("_Class", bound=type)
-
-
-class _FieldHelp(Mapping[str, str]):
-    """The metadata of a field. What a registry adds to the help is read each time, with its newest entry."""
-
-    def __init__(self, text: str, registered: Callable[[], str]) -> None:
-        self._text, self._registered = text, registered
-
-    def __getitem__(self, key: str) -> str:
-        if key != "help":
-            raise KeyError(key)
-        return self._text + self._registered()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(("help",))
-
-    def __len__(self) -> int:
-        return 1
-
-    def copy(self) -> dict[str, str]:
-        """Return a plain dictionary, which argument parsers add to."""
-        return dict(self)
-
-
-def _document_fields(config: _Class) -> _Class:
-    """Copy what the class docstring says of each field into its metadata, where argument parsers look for it."""
-    if config.__doc__ is None:  # python -OO
-        return config
-    _, _, listed = config.__doc__.partition("Args:\n")
-    for entry in re.split(r"\n {8}(?=\w)", listed.partition("\n\n")[0].lstrip()):
-        name, _, text = entry.partition(": ")
-        metadata = _FieldHelp(" ".join(text.split()), _REGISTERED.get(name, str))
-        vars(config)["__dataclass_fields__"][name].metadata = metadata
-    return config
-
-
-class _DefaultGamma(float):
-    """The gamma of an init where the user named none. It gives way to that of another init, as `None` does."""
-
-
-@_document_fields
+@document_fields(_REGISTERED)
 @dataclass
 class LoRAGAConfig:
     """
@@ -184,113 +133,10 @@ class LoRAGAConfig:
     probe_seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, allowed in (
-            ("init", (*INITS, "none")),
-            ("direction", DIRECTIONS),
-            ("scale", SCALES),
-            ("estimator", ESTIMATORS),
-            ("probe_order", PROBE_ORDERS),
-            ("ranks", RANKS),
-            ("rank_rule", tuple(RULES)),
-            ("correction", corrections()),
-            ("lora_pro_state_dtype", STATE_DTYPES),
-        ):
-            value = getattr(self, name)
-            if value not in allowed:
-                raise ValueError(f"LoRAGAConfig: {name}={value!r} is unknown. Choose one of {', '.join(allowed)}.")
-        counts = {"num_samples": 1, "sketch_size": 2, "rank_budget": 1, "head_warmup_steps": 0, "probe_seed": 0}
-        for name, least in (counts | {"factor_dropout_ensemble": 0}).items():
-            value = getattr(self, name)
-            if name in ("sketch_size", "rank_budget") and value is None:
-                continue
-            if type(value) is not int or value < least:
-                raise ValueError(f"LoRAGAConfig: {name}={value!r} must be a whole number of at least {least}.")
+        require_sound(self)
         # `dataclasses.replace` hands over the gamma that it finds: a default must not pass for the user's choice.
-        if self.gamma is None or isinstance(self.gamma, _DefaultGamma):
-            self.gamma = _DefaultGamma(INITS[self.init].default_gamma if self.init in INITS else 16.0)
-        for name in ("gamma", "head_warmup_learning_rate", "loraplus_lr_ratio", "riemannian_reg"):
-            value = getattr(self, name)
-            if value is None and name in ("loraplus_lr_ratio", "riemannian_reg"):
-                continue
-            if type(value) not in (int, float, _DefaultGamma) or not 0 < value < math.inf:
-                raise ValueError(
-                    f"LoRAGAConfig: {name}={value!r} must be a number greater than 0. (YAML reads 1e-3 as a word and "
-                    "1.0e-3 as a number.)"
-                )
-        share = self.min_energy_kept
-        if share is not None and (type(share) not in (int, float) or not 0 < share <= 1):
-            raise ValueError(
-                f"LoRAGAConfig: min_energy_kept={share!r} must be a number greater than 0, at most 1, or None, which "
-                "looks at no layer twice."
-            )
-        switches = ("supported_only", "allow_unreached", "find_learning_rate", "lora_pro_offload_state", "train_A")
-        for name in switches:
-            if type(getattr(self, name)) is not bool:
-                raise ValueError(f"LoRAGAConfig: {name}={getattr(self, name)!r} must be True or False.")
-        if not isinstance(self.probe_file, (str, type(None))):
-            raise ValueError(f"LoRAGAConfig: probe_file={self.probe_file!r} must be a path as a string, or None.")
-
-        self._require_read_fields()
-        self._require_sound_directions()
-        self._require_planned_ranks()
-        self._require_one_optimizer()
-        self._require_sound_dropout()
-
-    def _require_sound_dropout(self) -> None:
-        p, members = self.factor_dropout, self.factor_dropout_ensemble
-        if type(p) not in (int, float) or not 0 <= p < 1:
-            raise ValueError(f"LoRAGAConfig: factor_dropout={p!r} must be a probability from 0 to below 1.")
-        if p > 0 and self.correction != "none":
-            raise ValueError(
-                f"LoRAGAConfig: factor_dropout={p} does not go with correction={self.correction!r}, which takes the "
-                "gradient of A for s B^T G: of masked factors it is another one. Choose one of them."
-            )
-        if members > 0 and p == 0:
-            raise ValueError(
-                f"LoRAGAConfig: factor_dropout_ensemble={members} averages over masks, and with factor_dropout=0 "
-                "there are none. Set factor_dropout, or leave the ensemble out."
-            )
-
-    def _require_read_fields(self) -> None:
-        """Refuse a field that the chosen init does not read: it would do nothing."""
-        read = INITS[self.init].reads if self.init in INITS else frozenset()
-        fields = self.__dataclass_fields__
-        # Files of settings name a gamma, and `--init none` beside them is a comparison with plain LoRA.
-        given = {"gamma": self.init != "none" and not isinstance(self.gamma, _DefaultGamma)}
-        for name in ("direction", "scale", "whitening", "supported_only"):
-            given[name] = getattr(self, name) != fields[name].default
-        for name, is_given in given.items():
-            if is_given and name not in read:
-                raise ValueError(
-                    f"LoRAGAConfig: {name}={getattr(self, name)!r} would do nothing with init={self.init!r}, which "
-                    "does not read it. Leave it out, or choose an init that does."
-                )
-
-    def _require_sound_directions(self) -> None:
-        w = self.whitening
-        if type(w) not in (int, float) or not 0 <= w <= MOST:
-            raise ValueError(f"LoRAGAConfig: whitening={w!r} must be a number from 0 to {MOST}.")
-        if self.supported_only and self.probe_file is not None:
-            raise ValueError(
-                "LoRAGAConfig: supported_only=True asks two halves of the samples, and a probe_file holds one "
-                "gradient of all. Leave one of them out."
-            )
-        if self.supported_only and self.estimator != "exact":
-            raise ValueError(
-                f"LoRAGAConfig: supported_only=True takes its error from whole gradients, and estimator="
-                f"{self.estimator!r} keeps their strongest directions. Set estimator='exact', which keeps the "
-                "gradients of two halves: 8 bytes for each number of every adapted weight."
-            )
-
-    def _require_planned_ranks(self) -> None:
-        """Refuse a field about planned ranks where none are planned: it would do nothing."""
-        for name in ("rank_budget", "rank_rule"):
-            value = getattr(self, name)
-            if self.ranks != "auto" and value != self.__dataclass_fields__[name].default:
-                raise ValueError(
-                    f"LoRAGAConfig: {name}={value!r} would do nothing with ranks={self.ranks!r}. Leave it out, or set "
-                    "ranks='auto'."
-                )
+        if self.gamma is None or isinstance(self.gamma, DefaultGamma):
+            self.gamma = DefaultGamma(INITS[self.init].default_gamma if self.init in INITS else 16.0)
 
     @property
     def anchored(self) -> bool:
@@ -300,9 +146,9 @@ class LoRAGAConfig:
     @property
     def optimizer(self) -> ChosenOptimizer:
         """The entry of `OPTIMIZERS` that the fields ask for; the Trainer's own where they ask for none."""
-        return self._chosen_optimizers()[0]
+        return self.chosen_optimizers()[0]
 
-    def _chosen_optimizers(self) -> list[ChosenOptimizer]:
+    def chosen_optimizers(self) -> list[ChosenOptimizer]:
         """List every entry that some field asks for, the one of `correction` alone if there is no other."""
         asked = [entry for entry in OPTIMIZERS.values() if self._asks_for(entry)]
         return [
@@ -319,41 +165,7 @@ class LoRAGAConfig:
             return entry is OPTIMIZERS[self.correction] and entry.build is not None
         return getattr(self, entry.chosen_by) is not None
 
-    def _require_one_optimizer(self) -> None:
-        """Refuse settings of which each asks for an optimizer of its own, or that would change nothing."""
-        asked = self._chosen_optimizers()
-        if len(asked) > 1:
-            names = [
-                chosen.setting if chosen.entry.chosen_by == "correction" else chosen.entry.chosen_by
-                for chosen in asked
-            ]
-            settings = " and ".join(names)
-            raise ValueError(f"LoRAGAConfig: {settings} each change the same gradients or groups. Choose one of them.")
-        (chosen,) = asked
-        if not self.train_A and chosen.entry.build is not None:
-            raise ValueError(
-                f"LoRAGAConfig: train_A=False leaves B alone to be trained, and {chosen.setting} steps A and B "
-                "together. Leave one of the two out."
-            )
-        if chosen.entry.not_anchored is not None and self.anchored:
-            raise ValueError(
-                f"LoRAGAConfig: {chosen.setting} does not go with init={self.init!r}, {chosen.entry.not_anchored}"
-            )
-        for name, entry in OPTIMIZERS.items():
-            if entry is not chosen.entry and entry.chosen_by == "correction":
-                self._require_unset(name, entry)
-
-    def _require_unset(self, name: str, entry: OptimizerEntry) -> None:
-        """Refuse a field that only an optimizer which was not chosen reads."""
-        for field in entry.fields:
-            value = getattr(self, field)
-            if value != self.__dataclass_fields__[field].default:
-                raise ValueError(
-                    f"LoRAGAConfig: {field}={value!r} is for correction={name!r} and would do nothing with "
-                    f"correction={self.correction!r}. Leave it out, or choose that correction."
-                )
-
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values that JSON can hold; `gamma` is `None` where the user named none."""
-        gamma = None if isinstance(self.gamma, _DefaultGamma) else self.gamma
+        gamma = None if isinstance(self.gamma, DefaultGamma) else self.gamma
         return {**asdict(self), "gamma": gamma}
