@@ -107,7 +107,7 @@ def _require_read_fields(config: LoRAGAConfig) -> None:
     read = INITS[config.init].reads if config.init in INITS else frozenset()
     fields = config.__dataclass_fields__
     # Files of settings name a gamma, and `--init none` beside them is a comparison with plain LoRA.
-    given = {"gamma": config.init != "none" and not isinstance(config.gamma, DefaultGamma)}
+    given = {"gamma": config.init != "none" and not isinstance(config.gamma, (DefaultGamma, type(None)))}
     for name in ("direction", "scale", "whitening", "supported_only"):
         given[name] = getattr(config, name) != fields[name].default
     for name, is_given in given.items():

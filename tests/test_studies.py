@@ -134,17 +134,52 @@ def test_directions_are_those_of_the_gradient_and_rows_keep_their_lengths(tmp_pa
         assert not layer.stored_B.any()
 
 
-def test_the_rows_of_lora_da_are_those_of_the_natural_gradient(tmp_path: Path) -> None:
-    """Of `D = (P + l)^-1 G (Q + l)^-1`, from inverses and an eigendecomposition."""
+def test_the_rows_of_lora_da_make_its_objective_least(tmp_path: Path) -> None:
+    """
+    `-||D A^T||^2 + .03 tr(P^-1) / N tr(A Q^-1 A^T)` over orthonormal rows of `A`, with `D` from inverses.
+
+    At the least value the gradient on the manifold vanishes, and no rows nearby or at random have a smaller one.
+    """
     study = directions.Study(tmp_path / "directions.json", "manual", base_steps=2, steps=2)
-    found = study._directions("lora_da", 2, seed=3)
-    for name, (G, of_x, of_dy) in study._statistics(3).items():
-        assert torch.equal(of_x, of_x.T)
-        Q = of_x / of_x.trace() * len(of_x) + 0.01 * torch.eye(len(of_x), dtype=torch.float64)
-        D = torch.diag(1 / (of_dy / of_dy.sum() * len(of_dy) + 0.01)) @ G @ torch.linalg.inv(Q)
-        V = torch.linalg.eigh(D.T @ D).eigenvectors[:, -2:]
-        assert torch.linalg.cond(Q) < 1e5
-        torch.testing.assert_close(found[name] @ found[name].T, V @ V.T, rtol=0, atol=1e-6)
+    found, count, r = study._directions("lora_da", 2, seed=3), len(study.train_rows), 2
+    generator = torch.Generator().manual_seed(0)
+    for name, (G, of_x, of_dy) in study._means(3).items():
+        P = torch.diag(of_dy + 0.01 * of_dy.sum() / len(of_dy))
+        Q = of_x + 0.01 * of_x.trace() / len(of_x) * torch.eye(len(of_x), dtype=torch.float64)
+        D = torch.linalg.inv(P) @ G @ torch.linalg.inv(Q)
+        variance = 0.03 * torch.linalg.inv(P).trace() / count
+
+        def objective(V: torch.Tensor) -> float:
+            return (variance * (V.T @ torch.linalg.solve(Q, V)).trace() - (D @ V).square().sum()).item()  # noqa: B023
+
+        V = found[name]
+        torch.testing.assert_close(V.T @ V, torch.eye(r, dtype=torch.float64))
+        least = objective(V)
+        assert variance * torch.linalg.inv(Q).trace() > 0
+        for size in (1e-3, 1e-1, 1e3):
+            noise = torch.randn(V.shape, generator=generator, dtype=torch.float64)
+            assert objective(torch.linalg.qr(V + size * noise)[0]) > least
+
+
+def test_the_means_of_the_study_are_those_of_one_row_at_a_time(tmp_path: Path) -> None:
+    study = directions.Study(tmp_path / "directions.json", "manual", base_steps=2, steps=2)
+    model, name = study.model(), "model.layers.1.mlp.up_proj"
+    order = torch.randperm(len(study.train_rows), generator=torch.Generator().manual_seed(3)).tolist()
+    seen = {"x": [], "dy": []}
+    layer = model.get_submodule(name)
+    layer.register_forward_hook(lambda module, args, y: seen["x"].append(args[0].detach()[0].double()))
+    layer.register_full_backward_hook(lambda module, dx, dy: seen["dy"].append(dy[0][0].double()))
+    for index in order[: directions.SAMPLES]:
+        row = study.train_rows[index]["input_ids"][None]
+        model(input_ids=row, labels=row).loss.backward()
+    x, dy = (torch.cat(rows) for rows in seen.values())
+    G, of_x, of_dy = study._means(3)[name]
+    for ours, expected in (
+        (G, dy.T @ x / directions.SAMPLES),
+        (of_x, x.T @ x / len(x)),
+        (of_dy, dy.square().mean(dim=0)),
+    ):
+        assert (ours - expected).norm() < 1e-5 * expected.norm()
 
 
 def test_the_scalings_are_what_their_names_say() -> None:

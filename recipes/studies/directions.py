@@ -15,8 +15,9 @@ directions have rows of `A0` as long as plain LoRA's:
 * `oracle`: the top right singular vectors of what full fine-tuning changed, with another seed, at its best rate;
 * `w=0`, `w=.25`, `w=.5`: the top right singular vectors of `(P + l)^-w G (Q + l)^-w`. `G` is the gradient of 64 rows,
   `P` and `Q` are the mean squares of output-gradients and inputs by feature, divided by their means, and l is .01;
-* `lora_da`: those of `(P + l)^-1 G (Q + l)^-1` with the whole second moment `Q` of the inputs: the rows of LoRA-DA
-  (2510.24561) without its `B0`, and without its term for the variance of few samples, whose weight is not known here;
+* `lora_da`: the rows of LoRA-DA (2510.24561) without its `B0`: the lowest eigenvectors of
+  `-D^T D + .03 (tr P^-1 / N) Q^-1`, with `D = P^-1 G Q^-1`, `Q` the mean of `x x^T`, `P` the diagonal of that of
+  `dy dy^T` a row at a time, both damped by l, and N training rows. .03 is the setting of the authors' code;
 * `lora_ga`: LoRA-GA's own start.
 
 Takes about 2 hours on one CPU core and continues from its file.
@@ -51,6 +52,15 @@ def with_lora(model: nn.Module, r: int, arm: str) -> PeftModel:
 
 def right_vectors(matrix: Tensor, r: int) -> Tensor:  # (out, in) -> (in, r)
     return torch.linalg.svd(matrix.double(), full_matrices=False)[2][:r].T
+
+
+def rows_of_lora_da(G: Tensor, of_x: Tensor, of_dy: Tensor, count: int, r: int) -> Tensor:  # (in, r)
+    """Return what LoRA-DA takes for `A0`, from means `(out, in)`, `(in, in)`, `(out,)` of samples of `count` rows."""
+    P = of_dy + DAMPING * of_dy.mean()
+    Q = of_x + DAMPING * of_x.diagonal().mean() * torch.eye(len(of_x), dtype=of_x.dtype)
+    D = torch.linalg.solve(Q, (G / P[:, None]).T).T
+    guidance = 0.03 * (1 / P).sum() / count * torch.linalg.inv(Q) - D.T @ D
+    return torch.linalg.eigh(guidance).eigenvectors[:, :r]
 
 
 class Study:
@@ -109,12 +119,9 @@ class Study:
                 whitened[name] = right_vectors(left[:, None] * G * right, r)
             return whitened
         if arm == "lora_da":
-            found = {}
-            for name, (G, of_x, of_dy) in self._statistics(seed).items():
-                P = of_dy / of_dy.mean() + DAMPING
-                Q = of_x / of_x.diagonal().mean() + DAMPING * torch.eye(len(of_x), dtype=of_x.dtype)
-                found[name] = right_vectors(torch.linalg.solve(Q, (G / P[:, None]).T).T, r)
-            return found
+            return {
+                name: rows_of_lora_da(*found, len(self.train_rows), r) for name, found in self._means(seed).items()
+            }
         return None
 
     def _change_of_full(self) -> dict[str, Tensor]:
@@ -156,6 +163,14 @@ class Study:
         for handle in handles:
             handle.remove()
         return {name: tuple(sums) for name, sums in found.items()}
+
+    def _means(self, seed: int) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+        """Return `G` of the mean loss, the mean of `x x^T` and that of the squares of `dy`, the loss of one row's."""
+        tokens = SAMPLES * len(self.train_rows[0]["input_ids"])
+        return {
+            name: (G * BATCH / SAMPLES, of_x / tokens, of_dy * BATCH**2 / tokens)
+            for name, (G, of_x, of_dy) in self._statistics(seed).items()
+        }
 
     def at_best_rate(self, arm: str, r: int, seeds: list[int]) -> tuple[float, list[float]]:
         """Sweep until the best rate is inside, and return it with the losses of all seeds."""
