@@ -61,6 +61,8 @@ CELLS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "lora_ga, matched": ({"init": "lora_ga", "scale": "matched"}, {}),
     "lora_one": ({"init": "lora_one"}, {}),
     "lora_plus": ({"init": "none", "loraplus_lr_ratio": 16.0}, {}),
+    "lora_plus, ratio 4": ({"init": "none", "loraplus_lr_ratio": 4.0}, {}),
+    "plain, B alone": ({"init": "none", "train_A": False}, {}),
     "plain, r = 2, alpha = 64": ({"init": "none"}, {"r": 2, "lora_alpha": 64}),
     "plain, r = 64": ({"init": "none"}, {"r": 64}),
     "directions, whitened": ({"init": "gradient_directions", "whitening": 0.5}, {}),
@@ -122,7 +124,8 @@ def can_step(rule: str, cell: str) -> bool:
     """
     Tell whether a rival can train a cell.
 
-    An optimizer of its own can't be corrected, and Prodigy looks at all entries at once, which anchored ones forbid.
+    An optimizer of its own can't be corrected, and Prodigy looks at all entries at once, which anchored factors
+    forbid.
     """
     start = CELLS[cell][0]
     if rule in FREE and "correction" in start:
