@@ -26,6 +26,7 @@ from .rates.apply import require_rate_can_be_found
 from .rates.find import RateChoice
 from .rates.report import RateReport
 from .saving.record import StartRecord, record_of_model, write_record
+from .saving.untrained import restore_untrained
 from .starts.head_warmup import warm_heads, warm_up_heads
 from .starts.prepare import only_evaluates, prepare_trainer, require_config
 from .starts.report import GradientReport
@@ -86,6 +87,7 @@ class LoRAGACallback(TrainerCallback):
         self.engine_step: EngineStep | None = None
         self.start_seconds = 0.0
         self.only_finds_rate = False
+        self.resumes_from: str | None = None  # the checkpoint that the `train()` which runs has loaded
         self._warm_model: Callable[[], nn.Module | None] = lambda: None
         self._dropout = ExitStack()
         self._still: Sequence[AdaptedLayer] = []  # whose `A` must get no gradient
@@ -114,6 +116,7 @@ class LoRAGACallback(TrainerCallback):
     ) -> None:
         trainer, self.start_seconds = self.trainer, 0.0
         model = trainer.accelerator.unwrap_model(trainer.model)
+        restore_untrained(trainer, self.resumes_from)
         self.engine_step = install_engine_step(trainer, model, self.config.optimizer.entry.correct)
         if self.config.init == "none":
             if state.global_step == 0 and self._is_cold(model):

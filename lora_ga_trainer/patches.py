@@ -18,7 +18,7 @@ from .gradients.state import global_names
 from .optimizers.weight_decay import without_anchored
 from .saving.checkpoint import load_with_adapter, save_with_adapter
 from .saving.resume import checked_checkpoint
-from .saving.untrained import restore_untrained
+from .saving.untrained import folder_of_untrained
 
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def patch_trainer(trainer: Trainer, callback: LoRAGACallback) -> None:
     def checked_train(resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         put_first(trainer, callback, own_callbacks(trainer))
         checkpoint = checked_checkpoint(trainer, resume_from_checkpoint)
-        restore_untrained(trainer, checkpoint)
+        callback.resumes_from = folder_of_untrained(trainer, checkpoint)
         return train(checkpoint, *args, **kwargs)
 
     def undecayed(model: nn.Module) -> list[str]:

@@ -27,7 +27,7 @@ from .ranks.plan import RankPlan
 from .rates.report import RateReport
 from .saving.checkpoint import load_with_adapter, save_with_adapter
 from .saving.resume import checked_checkpoint, checkpoint_to_resume
-from .saving.untrained import restore_untrained
+from .saving.untrained import folder_of_untrained
 from .starts.prepare import prepare_adapter, require_config
 from .starts.report import GradientReport
 from .starts.tracking import write_report
@@ -107,7 +107,7 @@ class LoRAGAMixin(_AnyTrainer):
         """
         put_first(self, self._lora_ga_callback, self._own_callbacks)
         checkpoint = checked_checkpoint(self, resume_from_checkpoint)
-        restore_untrained(self, checkpoint)
+        self._lora_ga_callback.resumes_from = folder_of_untrained(self, checkpoint)
         return super().train(checkpoint, *args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None, *args: Any, **kwargs: Any) -> None:

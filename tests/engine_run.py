@@ -31,11 +31,12 @@ from processes import end_processes
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
-from transformers import LlamaForCausalLM, TrainerCallback, default_data_collator
+from transformers import LlamaForCausalLM, Trainer, TrainerCallback, default_data_collator
 
 from lora_ga_trainer import (
     RULES,
     AdapterAnalysisCallback,
+    LoRAGACallback,
     LoRAGAConfig,
     LoRAGATrainer,
     LoRAProAdamW,
@@ -43,9 +44,9 @@ from lora_ga_trainer import (
     plan_ranks,
 )
 from lora_ga_trainer.adapters.anchor import start_values
-from lora_ga_trainer.adapters.find import find_adapted_layers
+from lora_ga_trainer.adapters.find import find_adapted_layers, find_lora_layers
 from lora_ga_trainer.adapters.layer import AdaptedLayer
-from lora_ga_trainer.engines.parameters import is_sharded, read_parameter, write_parameters
+from lora_ga_trainer.engines.parameters import is_sharded, read_parameter, write_parameters, write_whole
 from lora_ga_trainer.maths.inits import INITS, Init, LayerGradient
 from lora_ga_trainer.saving.record import record_of_model
 from lora_ga_trainer.starts.prepare import prepare_adapter
@@ -54,9 +55,13 @@ from lora_ga_trainer.starts.prepare import prepare_adapter
 STEPS, SAVED, KILLED = 10, 5, 7
 ROWS = 11  # no multiple of the 4 samples of a step: the last batch does not divide
 SKETCH = {"sketch_size": 8, "estimator": "sketch", "min_energy_kept": None}
+B_ALONE = {"estimator": "exact", "train_A": False}
+# Of each run: the config, and who starts the adapter.
 RESUMED = {
-    "lora_pro": {"estimator": "exact", "correction": "lora_pro"},
-    "B alone": {"estimator": "exact", "train_A": False},
+    "lora_pro": ({"estimator": "exact", "correction": "lora_pro"}, "trainer"),
+    "B alone": (B_ALONE, "trainer"),
+    "B alone, model_init": (B_ALONE, "model_init"),
+    "B alone, callback": ({"init": "none", "train_A": False}, "callback"),
 }
 SAVES = {"save_strategy": "steps", "save_steps": SAVED, "dropout": 0.1}
 
@@ -81,11 +86,15 @@ ENGINES: dict[str, dict[str, Any]] = {
 }
 
 
-def make_trainer(engine: str, folder: Path, name: str, lora_ga: dict[str, Any], **changes: Any) -> LoRAGATrainer:
-    """`changes` go to the training arguments, but for `targets`, `dropout`, `rows` and `callbacks`."""
+def make_trainer(engine: str, folder: Path, name: str, lora_ga: dict[str, Any], **changes: Any) -> Any:
+    """
+    Return a LoRAGATrainer, or with `way="callback"` a plain one with a callback.
+
+    `changes` go to the training arguments, but for `targets`, `dropout`, `rows`, `callbacks` and `way`.
+    """
     targets = changes.pop("targets", "all-linear")
     dropout, rows = changes.pop("dropout", 0.0), changes.pop("rows", None) or tiny.causal_rows(ROWS)
-    callbacks = changes.pop("callbacks", None)
+    callbacks, way = changes.pop("callbacks", None), changes.pop("way", "trainer")
     per_device = 4 if engine == "single" else 2
     settings = {"max_steps": STEPS, "per_device_train_batch_size": per_device, "lr_scheduler_type": "constant"}
     # Before the model: where DeepSpeed's stage is 3, `from_pretrained` then loads it in parts.
@@ -95,14 +104,22 @@ def make_trainer(engine: str, folder: Path, name: str, lora_ga: dict[str, Any], 
         from transformers.distributed import DistributedConfig
 
         where["distributed_config"] = DistributedConfig(fsdp_size=2)
-    model = LlamaForCausalLM.from_pretrained(folder / "base", **where)
+    lora = LoraConfig(r=2, lora_alpha=4, target_modules=targets, lora_dropout=dropout)
+    config = LoRAGAConfig(**({"num_samples": 10} | lora_ga))
+    load = lambda: LlamaForCausalLM.from_pretrained(folder / "base", **where)
+    model = None if way == "model_init" else load()
     torch.manual_seed(11)
+    if way == "callback":
+        trainer = Trainer(get_peft_model(model, lora), args, train_dataset=rows, callbacks=callbacks)
+        trainer.add_callback(LoRAGACallback(trainer, config))
+        return trainer
     return LoRAGATrainer(
         model,
         args,
         train_dataset=rows,
-        peft_config=LoraConfig(r=2, lora_alpha=4, target_modules=targets, lora_dropout=dropout),
-        lora_ga_config=LoRAGAConfig(**({"num_samples": 10} | lora_ga)),
+        model_init=load if way == "model_init" else None,
+        peft_config=lora,
+        lora_ga_config=config,
         callbacks=callbacks,
     )
 
@@ -210,18 +227,24 @@ def main_part(engine: str, folder: Path) -> dict[str, Any]:
 
 
 def killed_part(engine: str, folder: Path, run: str) -> dict[str, Any]:
-    trainer = make_trainer(engine, folder, f"killed {run}", RESUMED[run], callbacks=[Kill()], **SAVES)
+    config, way = RESUMED[run]
+    trainer = make_trainer(engine, folder, f"killed {run}", config, way=way, callbacks=[Kill()], **SAVES)
     trainer.train()
     raise AssertionError("unreachable")
 
 
 def resumed_part(engine: str, folder: Path, run: str) -> dict[str, Any]:
-    trainer = make_trainer(engine, folder, f"killed {run}", RESUMED[run], **SAVES)
+    config, way = RESUMED[run]
+    trainer = make_trainer(engine, folder, f"killed {run}", config, way=way, **SAVES)
+    if way == "callback":
+        # Where the rows of `A` are drawn anew, a resume that reads none of them goes on with others.
+        for layer in find_lora_layers(trainer.model):
+            write_whole(layer.stored_A, torch.full(layer.stored_A.shape, torch.nan))
     trainer.train(resume_from_checkpoint=True)
-    whole = make_trainer(engine, folder, f"whole {run}", RESUMED[run], **SAVES)
+    whole = make_trainer(engine, folder, f"whole {run}", config, way=way, **SAVES)
     whole.train()
     return {
-        "probed again": trainer.lora_ga_report is not None,
+        "probed again": getattr(trainer, "lora_ga_report", None) is not None,
         "resumed": adapter_of(trainer),
         "whole": adapter_of(whole),
     }
@@ -474,7 +497,6 @@ def analysed_part(engine: str, folder: Path) -> dict[str, Any]:
     return {
         "reports": {step: report.to_dict() for step, report in analysis.reports.items()},
         "alone": list(alone.reports),
-        "logged": [log["step"] for log in trainer.state.log_history if "lora_ga/adapter_norm" in log],
         "steps": trainer.state.global_step,
     }
 

@@ -12,10 +12,12 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..adapters.find import find_lora_layers
-from ..adapters.host import WEIGHTS_FILE, require_adapter
+from ..adapters.host import require_adapter
 from ..engines.parameters import is_sharded
+from ..saving.adapter_folder import AdapterFolder
 from ..starts.tracking import publish
 from .analyse import analyse_adapter, require_settings
+from .directions import StartDirections
 from .report import AdapterReport
 
 
@@ -75,11 +77,11 @@ class AdapterAnalysisCallback(TrainerCallback):
             if gathers:
                 trainer.accelerator.wait_for_everyone()  # the first one has written the files then
             folder = require_adapter(model).place(Path(args.output_dir) / name)
-            found = (folder / WEIGHTS_FILE).is_file()
-            # All begin or none does: a process that raised alone would leave the others waiting for its parts.
-            if not (all(gather_object([found])) if gathers else found):
-                where = ", or not on every process: the base is in parts, so all read the files" if gathers else ""
-                raise ValueError(f"{folder} has no {WEIGHTS_FILE}{where}.")
+            if gathers:
+                # All begin or none does: a process that raised alone would leave the others waiting for its parts.
+                fault = next(filter(None, gather_object([self._fault(folder)])), None)
+                if fault is not None:
+                    raise ValueError(f"{fault} The base is in parts, so every process has to read these files.")
             report = analyse_adapter(
                 model if self.k else None, folder, probe_file=self.probe_file, k=self.k, eps=self.eps
             )
@@ -89,3 +91,11 @@ class AdapterAnalysisCallback(TrainerCallback):
             return
         self.reports[step] = report
         publish(trainer, report, name=f"{name}/{REPORT_NAME}", picture=PICTURE_NAME)
+
+    def _fault(self, folder: Path) -> str | None:
+        """Say what keeps this process from reading the files of an analysis."""
+        try:
+            StartDirections(AdapterFolder(folder, "AdapterAnalysisCallback"), self.probe_file)
+        except (ValueError, OSError) as error:
+            return str(error)
+        return None
