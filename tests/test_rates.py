@@ -21,7 +21,6 @@ from lora_ga_trainer.engines.support import probed_module
 from lora_ga_trainer.gradients.borrow import borrowed
 from lora_ga_trainer.gradients.copies import TrainedCopies
 from lora_ga_trainer.gradients.samples import micro_batches
-from lora_ga_trainer.rates.find import SHARE_OF_BEST
 from lora_ga_trainer.rates.search import NoRateFound, best_rate, largest_rate, search_rates
 from lora_ga_trainer.rates.updates import FirstUpdates
 
@@ -218,10 +217,13 @@ def test_the_unit_of_the_loss_does_not_matter_to_adamw(tmp_path, scale):
     assert of(Scaled) == pytest.approx(of(LoRAGATrainer), rel=0.02)
 
 
-def test_the_rate_is_that_share_of_the_best_on_the_line_it_reports(tmp_path):
-    report = find_learning_rate(make_trainer(tmp_path))
+@pytest.mark.parametrize(("ratio", "share"), [(None, 0.9), (1.0, 0.9), (16.0, 0.9 * 2**0.5), (0.25, 0.9)])
+def test_the_rate_is_that_share_of_the_best_on_the_line_it_reports(ratio, share, tmp_path):
+    """With LoRA+ it grows as the eighth root of the ratio: by the root of 2 at a ratio of 16."""
+    config = {"init": "none", "loraplus_lr_ratio": ratio}
+    report = find_learning_rate(make_trainer(tmp_path, config))
     losses = dict(zip(report.rates, report.losses, strict=True))
-    assert report.learning_rate == SHARE_OF_BEST * best_rate(losses)
+    assert report.learning_rate == pytest.approx(share * best_rate(losses), rel=1e-12)
     assert report.curvature == 2 / report.largest_rate == 2 / largest_rate(losses, report.loss_before)
     assert min(report.losses) < report.loss_before < report.losses[-1]
     assert report.forward_passes <= 20
