@@ -56,6 +56,8 @@ def main() -> None:
         if trainer.lora_ga_report is not None:  # there is none with `--init none`, nor after resuming
             trainer.lora_ga_report.to_json(folder / "lora_ga_report.json")
             print(trainer.lora_ga_report.summary())
+        if trainer.lora_ga_rate_report is not None:  # with `--find_learning_rate true`
+            print(trainer.lora_ga_rate_report.summary())
         print(f"adapter saved to {folder}")
 
     # Evaluate

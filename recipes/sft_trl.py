@@ -65,6 +65,8 @@ def main() -> None:
     if trainer.is_world_process_zero():
         if trainer.lora_ga_report is not None:  # there is none with `--init none`, nor after resuming
             print(trainer.lora_ga_report.summary())
+        if trainer.lora_ga_rate_report is not None:  # with `--find_learning_rate true`
+            print(trainer.lora_ga_rate_report.summary())
         print(f"adapter saved to {Path(sft_config.output_dir).resolve()}")
 
     # Evaluate

@@ -588,6 +588,22 @@ def test_a_causal_model_reports_perplexity_and_saves_what_peft_loads(
 
     run_recipe(monkeypatch, tmp_path / "plain", *arguments, "--init", "none")
     assert not (tmp_path / "plain" / "lora_ga_report.json").exists()
+    assert not (tmp_path / "plain" / "lora_ga_rate.json").exists()
+
+
+def test_a_recipe_trains_with_the_rate_that_is_found(tmp_path, monkeypatch, capsys, tokenizer, letters):
+    base = tmp_path / "base"
+    tiny.llama(vocab_size=len(tokenizer)).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    written = yaml.safe_load((RECIPES / "configs" / "smollm2_completion.yaml").read_text())
+    assert written["find_learning_rate"] is True
+    assert "learning_rate" not in written
+    arguments = ("--model_name_or_path", str(base), "--train_file", letters, *FIELDS, "--logging_steps", "1")
+    found = run_recipe(monkeypatch, tmp_path / "found", *arguments, "--find_learning_rate", "true")
+    report = json.loads((tmp_path / "found" / "lora_ga_rate.json").read_text())
+    assert f"learning rate {report['learning_rate']:.2e}: " in capsys.readouterr().out
+    given = run_recipe(monkeypatch, tmp_path / "given", *arguments, "--learning_rate", repr(report["learning_rate"]))
+    assert found["eval_loss"] == given["eval_loss"]
 
 
 def test_plans_are_shown_and_trained_with(tmp_path, monkeypatch, capsys, tokenizer, letters):
