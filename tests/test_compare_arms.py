@@ -490,8 +490,9 @@ def test_a_run_reports_its_evaluations_times_and_sizes(task):
     assert not (task.folder / "runs" / "lora_ga" / "rate0.1_seed1").exists()
 
 
-def test_rates_and_arms_of_one_seed_share_a_probe_and_get_the_same_start(task, monkeypatch):
-    alone = run_arm(replace(task, folder=task.folder / "alone"), arm("lora_one"), RATE, seed=0, points=4)
+def test_rates_and_arms_of_one_seed_and_init_share_a_probe_and_get_the_same_start(task, monkeypatch):
+    """Another init has one of its own: how large a sketch is, and what else is kept, is a matter of the init."""
+    alone = run_arm(replace(task, folder=task.folder / "alone"), arm("lora_ga:gamma=64"), RATE, seed=0, points=4)
     probes = []
     import lora_ga_trainer.gradients.probe_file as probe_file
 
@@ -499,12 +500,15 @@ def test_rates_and_arms_of_one_seed_share_a_probe_and_get_the_same_start(task, m
     monkeypatch.setattr(probe_file, "estimate_gradients", lambda *args: probes.append(1) or estimate(*args))
     run_arm(task, arm("lora_ga"), RATE, seed=0, points=4)
     run_arm(task, arm("lora_ga"), 2 * RATE, seed=0, points=4)
-    shared = run_arm(task, arm("lora_one"), RATE, seed=0, points=4)
+    shared = run_arm(task, arm("lora_ga:gamma=64"), RATE, seed=0, points=4)
     assert len(probes) == 1
     assert shared.evals == alone.evals
     run_arm(task, arm("lora_ga"), RATE, seed=1, points=4)
     run_arm(task, arm("lora_ga:num_samples=4"), RATE, seed=0, points=4)
     assert len(probes) == 3
+    for name in ("lora_one", "gradient_directions", "gradient_directions:whitening=0.5", "lora_ga:whitening=0.25"):
+        run_arm(task, arm(name), RATE, seed=0, points=4)
+    assert len(probes) == 7
 
 
 def classifier_task(task: Task) -> Task:

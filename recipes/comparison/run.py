@@ -188,14 +188,16 @@ def _is_reported(name: str) -> bool:
 
 def _name_probe_file(task: Task, arm: Arm, seed: int) -> str | None:
     """
-    Name the probe that all rates of an arm, and all arms that ask for the same one, share.
+    Name the probe that all rates of an arm, and all arms of an init that ask for the same one, share.
 
     The probe of a head that was warmed up is taken anew: a GPU does not train it twice to the same bits.
     """
     config = arm.config
     if config.init == "none" or config.head_warmup_steps > 0:
         return None
-    asked = [seed, config.num_samples, config.estimator, config.sketch_size, config.probe_seed, asdict(arm.lora)]
+    # How large a sketch is by default, and whether it holds second moments, is a matter of the init and of whitening.
+    asked = [seed, config.init, config.whitening > 0, config.num_samples, config.probe_order, config.probe_seed]
+    asked += [config.estimator, config.sketch_size, config.min_energy_kept, asdict(arm.lora)]
     digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]
     folder = task.folder / "probes"
     folder.mkdir(parents=True, exist_ok=True)
