@@ -188,6 +188,7 @@ def main() -> None:
                 # The adapter has its start now.
                 results[f"{key}|size"] = size_of_start(trainer, CELLS[cell][0].get("loraplus_lr_ratio", 1.0))
                 results[f"{key}|loss at found"] = loss_after_training(make(report.learning_rate))
+                args.results.write_text(json.dumps(results, indent=1))
             for rate in args.rates:
                 if f"{key}|{rate:.3e}" not in results:
                     results[f"{key}|{rate:.3e}"] = loss_after_training(make(rate))
