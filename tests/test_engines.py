@@ -286,7 +286,7 @@ def test_second_moments_are_those_of_all_processes(folder: Path) -> None:
         assert (both[0]["start"][name].T @ both[0]["start"][name] - gram).norm() <= 1e-4 * gram.norm(), name
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2", *ZERO])
+@pytest.mark.parametrize("kind", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow), *ZERO])
 def test_all_processes_turn_the_rows_alike(kind: str, folder: Path) -> None:
     """As one process does, too. Sketches turn after other samples there, so of them only lengths and zeros are."""
     ended = launch(kind, "directions", folder)
@@ -372,7 +372,7 @@ def embedding_alone(folder: Path) -> dict[str, Any]:
     return embedding_part("single", folder)
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow), *ZERO])
 def test_an_adapted_embedding_trains_as_on_one_process(name: str, folder: Path, embedding_alone: Any) -> None:
     ended = launch(name, "embedding", folder)
     assert ended.returncode == 0, ended.stderr[-4000:]

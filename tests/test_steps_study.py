@@ -186,6 +186,7 @@ def test_the_study_finds_a_rate_with_worse_ones_beside_it_and_trains_nothing_twi
     steps.main()
 
 
+@pytest.mark.slow
 def test_the_study_trains_each_optimizer_and_a_rate_that_breaks_it_is_the_worst(tmp_path: Path) -> None:
     study = steps.Study(tmp_path / "steps.json", "unittest", base_steps=2, steps=2)
     for arm in steps.ARMS:

@@ -558,6 +558,7 @@ START = {"num_samples": 12, "estimator": "exact"}
 TOGETHER = ("completion", "packing", "dpo", "grpo")
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_start_of_one(trl: ModuleType, tmp_path: Path) -> None:
     """But for GRPO, whose processes write with random numbers of their own."""
     two = tmp_path / "two"

@@ -100,7 +100,7 @@ def _untrained(model: nn.Module) -> dict[str, nn.Parameter]:
         **dict(model.named_buffers(remove_duplicate=False)),
         **dict(model.named_parameters(remove_duplicate=False)),
     }
-    found: dict[str, nn.Parameter] = host.state_dict(every)  # type: ignore[assignment]
+    found: dict[str, nn.Parameter] = host.state_dict(every)  # type: ignore[assignment]  # of those that are kept
     return {name: parameter for name, parameter in found.items() if id(parameter) in ours}
 
 
