@@ -32,7 +32,7 @@ _COUNTS = {
 }
 _POSITIVE = ("gamma", "head_warmup_learning_rate", "loraplus_lr_ratio", "riemannian_reg")
 _SWITCHES = ("supported_only", "allow_unreached", "find_learning_rate", "lora_pro_offload_state", "train_A")
-# `None` is no value but a choice there.
+# Fields that may be `None`.
 _OPTIONAL = ("sketch_size", "rank_budget", "gamma", "loraplus_lr_ratio", "riemannian_reg")
 
 

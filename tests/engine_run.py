@@ -237,7 +237,7 @@ def resumed_part(engine: str, folder: Path, run: str) -> dict[str, Any]:
     config, way = RESUMED[run]
     trainer = make_trainer(engine, folder, f"killed {run}", config, way=way, **SAVES)
     if way == "callback":
-        # Where the rows of `A` are drawn anew, a resume that reads none of them goes on with others.
+        # PEFT draws the same `A` for both runs. So it is spoilt here: a resume that does not read it would show.
         for layer in find_lora_layers(trainer.model):
             write_whole(layer.stored_A, torch.full(layer.stored_A.shape, torch.nan))
     trainer.train(resume_from_checkpoint=True)

@@ -8,7 +8,7 @@ from torch import distributed
 
 def end_processes(seconds: float = 1.0) -> None:
     """
-    Leave the process group; the last call of a program. It costs one process nothing.
+    Leave the process group. It is the last call of a program, and does nothing where there is one process.
 
     Args:
         seconds (defaults to 1.0): how long threads that still hold tensors have to let go of them.
