@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from spy import Spy
 from torch import Tensor
 from transformers import Trainer
 
-from lora_ga_trainer import LoRAGAConfig, estimate_gradients
+from lora_ga_trainer import GradientEstimate, LoRAGAConfig, estimate_gradients
 from lora_ga_trainer.gradients import second_look
 from lora_ga_trainer.gradients.accumulator import ExactGradient
 from lora_ga_trainer.gradients.sketch import SketchedGradient, turn
@@ -87,6 +88,7 @@ def probed(folder: Any, **config: Any) -> tuple[Any, int]:
 @pytest.mark.parametrize("wide", [True, False])
 def test_failing_layers_are_seen_whole_with_their_own_directions(wide: bool, tmp_path: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(second_look, "is_sketched", lambda shape, k: wide)
+    monkeypatch.setattr(second_look, "_ROOM", 0)
     exact, _ = probed(tmp_path, estimator="exact")
     first, alone = probed(tmp_path, sketch_size=2, min_energy_kept=None)
     again, both = probed(tmp_path, sketch_size=2)
@@ -108,6 +110,55 @@ def test_failing_layers_are_seen_whole_with_their_own_directions(wide: bool, tmp
         else:
             assert isinstance(found, ExactGradient)
             torch.testing.assert_close(found.G, G, rtol=1e-4, atol=1e-7 * G.norm().item())
+
+
+def test_where_there_is_room_whole_gradients_are_kept(tmp_path: Any, monkeypatch: Any) -> None:
+    """Also of layers that a second sketch would be worth it for: on flat spectra it would not be enough."""
+    monkeypatch.setattr(second_look, "is_sketched", lambda shape, k: True)
+    monkeypatch.setattr(second_look, "_ROOM", 1000)
+    exact, _ = probed(tmp_path, estimator="exact")
+    again, _ = probed(tmp_path, sketch_size=2)
+    assert again.seen_twice
+    for name in again.seen_twice:
+        torch.testing.assert_close(
+            again.estimators[name].state(), exact.estimators[name].state(), rtol=1e-4, atol=1e-8
+        )
+
+
+SKETCHED = dict.fromkeys("abcdef", (512, 640))  # k = 16 holds 55,296 numbers of each, its gradient has 327,680
+NARROW = {"narrow": (512, 150)}  # less than 12 k wide
+
+
+@pytest.mark.parametrize(
+    ("failing", "whole"),
+    [
+        ("a", "a"),
+        ("ab", "ab"),
+        ("fedcba", "fedcba"),  # 6 x 5.9 of 8 x 6 and what the narrow one leaves
+        (["a", "narrow"], ["a", "narrow"]),
+    ],
+)
+def test_the_worst_layers_are_kept_whole_as_far_as_the_room_goes(failing: Any, whole: Any) -> None:
+    shapes = SKETCHED | NARROW
+    accumulators = {name: SketchedGradient(shape, 16) for name, shape in shapes.items()}
+    layers = [SimpleNamespace(name=name, shape=shapes[name], matrices=[name]) for name in failing]
+    assert second_look.kept_whole(layers, GradientEstimate(accumulators)) == set(whole)
+
+
+@pytest.mark.parametrize("room", [2, 3, 4, 6, 8])
+def test_a_second_look_never_holds_more_than_its_room(room: int, monkeypatch: Any) -> None:
+    monkeypatch.setattr(second_look, "_ROOM", room)
+    shape, count = (2048, 2048), 10
+    accumulators = {f"layer {i}": SketchedGradient(shape, 32) for i in range(count)}
+    layers = [SimpleNamespace(name=name, shape=shape, matrices=[name]) for name in reversed(accumulators)]
+    whole = second_look.kept_whole(layers, GradientEstimate(accumulators))
+    numbers = lambda e: sum(part.numel() for part in e.held())
+    first = numbers(accumulators["layer 0"])
+    second = numbers(SketchedGradient(shape, 64))
+    held = 2048**2 * len(whole) + second * (count - len(whole))
+    assert held <= room * count * first
+    assert held + 2048**2 > (room - 0.5) * count * first, "no more of them could have been kept"
+    assert whole == {layer.name for layer in layers[: len(whole)]}, "the worst come first"
 
 
 def test_without_need_of_it_there_is_no_second_pass(tmp_path: Any) -> None:

@@ -1,15 +1,15 @@
 """
 A second look at the layers whose sketch has kept too little: one more pass over the same samples, for them alone.
 
-The directions that the first pass found are the test matrices of the second one, all 2k of them. So the whole gradient
-is seen through them, which is one step of a power iteration. Where a sketch of 2k columns is not worth it (see
-[`is_sketched`]), `G` itself is kept. Either way the state of such a layer is at most four times that of its first
-sketch. The backward passes cost as much as those of the first pass, for one layer as for all.
+It keeps their whole gradients, the worst layers first, as long as all that it holds is at most eight times what the
+first pass held for all layers. Such a gradient is exact. For the others the directions that the first pass found are
+the test matrices, all 2k of them, which is one step of a power iteration. The backward passes cost as much as those of
+the first pass, for one layer as for all.
 
-Energy of the best directions 1 to 4 and 5 to 8 that was kept, of the worse side, of made gradients of 1024 x 1024 with
-r = 4 and 64 samples, one seed. A sketch of 64 columns is the second look here; at 896 x 768 and r = 8 it is exact.
+Energy of the best directions 1 to 4 and 5 to 8 that a sketch keeps, of the worse side, of made gradients of
+1024 x 1024 with r = 4, k = 32 and 64 samples, one seed. (The second look takes the whole gradients here.)
 
-| singular values | first pass | second look |
+| singular values | first pass | sketch with 64 found columns |
 |---|---|---|
 | of independent tokens | .391, .420 | .674, .712 |
 | of independent entries, spread evenly over the samples | .593, .635 | .812, .819 |
@@ -53,6 +53,12 @@ logger = logging.getLogger(__name__)
 _SEEDS = 4
 # How far the mean losses of the two passes may differ by rounding.
 _ROUNDING = 0.01
+# How many numbers the second look may hold for each that the first pass held. A whole gradient takes 6.4 for each of
+# its sketch at 1024 x 1024 and r = 4, 7.1 at 2048 x 2048 and r = 8, and 14.2 at 4096 x 4096: if all of these fail, the
+# worse half is kept whole, which is less than two thirds of all gradients.
+_ROOM = 8
+# Shares go from process to process as integers.
+_MILLION = 1_000_000
 
 
 def owners_of(trainer: Trainer, layers: Sequence[AdaptedLayer]) -> dict[str, int]:
@@ -75,9 +81,10 @@ def find_short(
     trainer: Trainer, config: LoRAGAConfig, layers: Sequence[AdaptedLayer], estimate: GradientEstimate
 ) -> list[AdaptedLayer]:
     """
-    Return the layers that keep less than `config.min_energy_kept`. Collective: each process looks at its share.
+    Return the layers that keep less than `config.min_energy_kept`, the worst first. Collective.
 
-    The triplets of the others are left in `estimate.tops`, for their start.
+    Each process looks at its share of the layers. The triplets of those that keep enough are left in `estimate.tops`,
+    for their start.
     """
     least, owners = config.min_energy_kept, owners_of(trainer, layers)
     sketched = [layer for layer in layers if any(estimate.estimators[name].sketched for name in layer.matrices)]
@@ -86,16 +93,41 @@ def find_short(
     mine = [layer for layer in sketched if owners[layer.name] == trainer.accelerator.process_index]
     wanted = {name: directions_of(config, layer) for layer in mine for name in layer.matrices}
     tops = top_svds(estimate.estimators, wanted)
-    failed = {
-        layer.name
+    kept = {
+        layer.name: min(share for name in layer.matrices for share in energy_kept(tops[name], layer.rank))
         for layer in mine
-        if min(kept for name in layer.matrices for kept in energy_kept(tops[name], layer.rank)) < least
     }
-    codes = gather_integers(trainer, *(int(layer.name in failed) for layer in sketched))
-    short = [layer for layer, code in zip(sketched, zip(*codes, strict=True), strict=True) if any(code)]
+    # Rounded up, so that what passes here passes everywhere; the owner of a layer is the only one to say less than 1.
+    codes = gather_integers(trainer, *(math.ceil(_MILLION * kept.get(layer.name, 1.0)) for layer in sketched))
+    lowest = {layer.name: min(code) for layer, code in zip(sketched, zip(*codes, strict=True), strict=True)}
+    short = [layer for layer in sketched if lowest[layer.name] < _MILLION * least]
+    short.sort(key=lambda layer: lowest[layer.name])
     again = {name for layer in short for name in layer.matrices}
     estimate.tops = {name: top for name, top in tops.items() if name not in again}
     return short
+
+
+def kept_whole(layers: Sequence[AdaptedLayer], estimate: GradientEstimate) -> set[str]:
+    """
+    Return the names of the layers whose whole gradients a second look keeps. All processes come to the same.
+
+    First those for which a sketch of 2k columns is not worth it, see [`is_sketched`]; then as many of the others, in
+    their order, as there is room for.
+    """
+    numbers = {name: sum(part.numel() for part in e.held()) for name, e in estimate.estimators.items()}
+    # A sketch of 2k columns takes at most twice as much as one of k.
+    room = _ROOM * sum(numbers.values()) - 2 * sum(numbers[name] for layer in layers for name in layer.matrices)
+    whole: set[str] = set()
+    worth_sketching = {
+        layer.name: all(is_sketched(layer.shape, 2 * estimate.estimators[name].directions) for name in layer.matrices)
+        for layer in layers
+    }
+    for layer in sorted(layers, key=lambda layer: worth_sketching[layer.name]):
+        more = sum(math.prod(layer.shape) - 2 * numbers[name] for name in layer.matrices)
+        if more <= room or not worth_sketching[layer.name]:
+            whole.add(layer.name)
+            room -= more
+    return whole
 
 
 def look_again(
@@ -114,7 +146,7 @@ def look_again(
         trainer: lent, in the order of the probe and in the state that the first pass began with.
         model: that runs.
         config: of the probe.
-        layers: to look at.
+        layers: to look at, the worst first.
         estimate: of the first pass.
         loss_scale, skip: of the first pass.
     """
@@ -147,12 +179,13 @@ def _second_accumulators(
     trainer: Trainer, config: LoRAGAConfig, layers: Sequence[AdaptedLayer], estimate: GradientEstimate
 ) -> tuple[dict[str, Accumulator], int]:
     """Make an empty accumulator for each matrix, with the directions found so far; return the bytes sent as well."""
+    whole = kept_whole(layers, estimate)
     again: dict[str, Accumulator] = {}
     wide: list[tuple[SketchedGradient, SketchedGradient]] = []
     for layer in layers:
         for name in layer.matrices:
             first = estimate.estimators[name]
-            if not isinstance(first, SketchedGradient) or not is_sketched(layer.shape, 2 * first.k):
+            if layer.name in whole or not isinstance(first, SketchedGradient):
                 again[name] = ExactGradient(layer.shape)
                 continue
             second = SketchedGradient(layer.shape, 2 * first.k, config.probe_seed + _SEEDS)

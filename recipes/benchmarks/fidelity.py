@@ -3,8 +3,11 @@ Measure what a sketch keeps of real gradients, and how many samples it takes unt
 
     python recipes/benchmarks/fidelity.py --model smollm2 --file gsm8k_train.jsonl --output fidelity.json
     python recipes/benchmarks/fidelity.py --model minilm --file sst2_train.tsv
+    python recipes/benchmarks/fidelity.py --model smollm2 --file gsm8k_train.jsonl --samples 64 --ranks 8 --every_block
+    python recipes/benchmarks/fidelity.py --model random1024 --samples 64 --ranks 4 --min_energy_kept .9
 
-Looked at are the linear layers of the first, the middle and the last block, one sample a micro-batch. The exact
+Looked at are the linear layers of the first, the middle and the last block, or of every block, one sample a
+micro-batch. `random1024` is a Llama of hidden size 1024 with random weights on 64 random tokens a sample. The exact
 gradient is that of autograd, a sketch that of a probe of its own. For each number of samples `n` and rank `r`:
 
 * `kept`: energy of the top 2r, of the first r (`A`'s) and of the next r directions (`B`'s) that the default sketch
@@ -22,7 +25,7 @@ import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -31,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from comparison.environment import environment
-from cost_models import smollm2_and_tokenizer
+from cost_models import random_llama, smollm2_and_tokenizer
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
@@ -66,15 +69,20 @@ def smollm2_on_gsm8k(file: Path, samples: int) -> tuple[nn.Module, list[Batch]]:
     return model, batches
 
 
-TASKS = {"minilm": minilm, "smollm2": smollm2_on_gsm8k}
+def random1024(file: None, samples: int) -> tuple[nn.Module, list[Batch]]:
+    rows = torch.randint(0, 4096, (samples, 1, 64))
+    return random_llama(1024, 2816, 3, 16), [{"input_ids": ids, "labels": ids} for ids in rows]
 
 
-def chosen_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """Return the linear layers of the first, the middle and the last block by name."""
+TASKS = {"minilm": minilm, "smollm2": smollm2_on_gsm8k, "random1024": random1024}
+
+
+def chosen_layers(model: nn.Module, every_block: bool = False) -> dict[str, nn.Linear]:
+    """Return the linear layers of the first, the middle and the last block by name, or of all blocks."""
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     name, blocks = lists[0]
     found = {}
-    for index in (0, len(blocks) // 2, len(blocks) - 1):
+    for index in range(len(blocks)) if every_block else (0, len(blocks) // 2, len(blocks) - 1):
         for inner, module in blocks[index].named_modules():
             if isinstance(module, nn.Linear):
                 found[f"{name}.{index}.{inner}"] = module
@@ -82,10 +90,10 @@ def chosen_layers(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def exact_gradients(
-    model: nn.Module, batches: list[Batch], counts: list[int]
+    model: nn.Module, batches: list[Batch], counts: list[int], every_block: bool = False
 ) -> dict[str, dict[int, tuple[Tensor, Tensor]]]:
     """Return by layer and number of samples the sums of the gradients of the even and of the odd samples."""
-    layers = chosen_layers(model)
+    layers = chosen_layers(model, every_block)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for layer in layers.values():
@@ -108,10 +116,15 @@ def exact_gradients(
 
 
 def sketched_gradients(
-    model: nn.Module, batches: list[Batch], counts: list[int], r: int, least: float | None = None
+    model: nn.Module,
+    batches: list[Batch],
+    counts: list[int],
+    r: int,
+    least: float | None = None,
+    every_block: bool = False,
 ) -> dict[int, GradientEstimate]:
     """Return what a probe of adapters of rank `r` learns from so many of the samples, one sample a micro-batch."""
-    names = list(chosen_layers(model))
+    names = list(chosen_layers(model, every_block))
     adapted = get_peft_model(copy.deepcopy(model), LoraConfig(r=r, target_modules=names))
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
@@ -153,12 +166,21 @@ def energy(G: Tensor, U: Tensor, Vt: Tensor) -> float:
 
 
 def measure(
-    model: nn.Module, batches: list[Batch], ranks: list[int], least: float | None = None
+    model: nn.Module,
+    batches: list[Batch],
+    ranks: list[int],
+    least: float | None = None,
+    counts: Sequence[int] = COUNTS,
+    every_block: bool = False,
 ) -> dict[str, list[dict[str, float]]]:
-    counts = [n for n in COUNTS if n <= len(batches)]
-    estimates = {r: sketched_gradients(model, batches, counts, r, least) for r in ranks}
+    counts = [n for n in counts if n <= len(batches)]
+    estimates = {r: sketched_gradients(model, batches, counts, r, least, every_block) for r in ranks}
+    for r, of_rank in estimates.items():
+        print(
+            *(f"r={r:3d} n={n:3d} the probe took {e.seconds:.1f} s" for n, e in of_rank.items()), sep="\n", flush=True
+        )
     found: dict[str, list[dict[str, float]]] = {}
-    for name, by_count in exact_gradients(model, batches, counts).items():
+    for name, by_count in exact_gradients(model, batches, counts, every_block).items():
         of_all = sum(by_count[counts[-1]])
         best = torch.linalg.svdvals(of_all).square()
         found[name] = []
@@ -171,7 +193,8 @@ def measure(
                 row["twice"] = float(name in estimates[r][n].seen_twice)
                 if estimator.sketched:
                     top = estimator.svd(2 * r)
-                    row |= compare_sketch(G, top.U, top.Vt, r) | {"kept_says": top.kept(0, 2 * r)}
+                    row |= compare_sketch(G, top.U, top.Vt, r)
+                    row |= {"kept_A_says": top.kept(0, r), "kept_B_says": top.kept(r, 2 * r)}
                 row["transfer"] = energy(of_all, U[:, : 2 * r], Vt[: 2 * r]) / best[: 2 * r].sum().item()
                 found[name].append(row)
     return found
@@ -187,27 +210,34 @@ def table(found: dict[str, list[dict[str, float]]]) -> Iterator[str]:
             text = f"{statistics.mean(values):.3f} ({min(values):.3f})" if values else "exact"
             words.append(f"{name} {text}")
         twice = sum(row["twice"] for row in some)
+        gaps = [row[f"kept_{side}_says"] - row[f"kept_{side}"] for row in some if "kept" in row for side in "AB"]
+        words += [f"estimate less truth {min(gaps):+.3f} to {max(gaps):+.3f}"] if gaps else []
         yield f"r={r:3d} n={n:3d} {', '.join(words)}" + (f", seen twice {twice:.0f} of {len(some)}" if twice else "")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=TASKS, required=True)
-    parser.add_argument("--file", type=Path, required=True)
+    parser.add_argument("--file", type=Path, help="of samples; random1024 needs none")
     parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--counts", type=int, nargs="+", default=list(COUNTS), help="so many samples for a sketch")
+    parser.add_argument("--every_block", action="store_true", help="look at all blocks, not three")
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 32, 128])
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model")
     parser.add_argument("--min_energy_kept", type=float, help="look again at layers below it; default: never")
     parser.add_argument("--seed", type=int, default=0, help="of a fresh classification head")
     parser.add_argument("--output", help="a JSON file for the figures of every layer")
     args = parser.parse_args()
+    if args.file is None and args.model != "random1024":
+        parser.error(f"--file: {args.model} needs a file of samples")
     torch.manual_seed(args.seed)
     model, batches = TASKS[args.model](args.file, args.samples)
-    found = measure(model.to(getattr(torch, args.dtype)), batches, args.ranks, args.min_energy_kept)
+    model = model.to(getattr(torch, args.dtype))
+    found = measure(model, batches, args.ranks, args.min_energy_kept, args.counts, args.every_block)
     for line in table(found):
         print(line)
     if args.output:
-        result = {"arguments": {**vars(args), "file": args.file.name}, **environment(), "layers": found}
+        result = {"arguments": {**vars(args), "file": args.file and args.file.name}, **environment(), "layers": found}
         Path(args.output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
