@@ -33,6 +33,7 @@ import gpu
 import lora_pro
 import order
 import rounds
+import spectra
 import whitened
 from cost_models import MODELS
 from peft import LoraConfig, get_peft_model
@@ -415,6 +416,29 @@ def test_fidelity_compares_a_sketch_with_autograds_gradient_of_the_same_samples(
         estimate = fidelity.sketched_gradients(model, batches, [8], 1)[8]
     (G,) = [e.state()["G"] for name, e in estimate.estimators.items() if name.endswith("1.self_attn.q_proj")]
     torch.testing.assert_close(G * estimate.items, exact_G, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "setup", [spectra.SETUPS[1], *(pytest.param(s, marks=pytest.mark.slow) for s in spectra.SETUPS[::2])]
+)
+def test_on_every_spectrum_the_report_tells_what_the_probe_keeps(setup):
+    """From flat to i^-2, of the first and of the next r directions: the promise of `min_energy_kept`."""
+    found = spectra.measure([setup], 1, LoRAGAConfig().min_energy_kept)
+    assert any(row["kept"] < 0.7 for rows in found["one pass"].values() for row in rows), "one pass is not enough"
+    for name, rows in found["with a second look"].items():
+        for row in rows:
+            assert row["estimate"] == pytest.approx(row["kept"], abs=0.03), name
+            assert row["kept"] > (0.97 if row["twice"] else 0.9), name
+
+
+def test_made_gradients_have_the_singular_values_they_are_named_after():
+    setup = spectra.Setup(48, 40, 2)
+    gradients, samples = spectra.make_samples(setup, 0)
+    index = spectra.SPECTRA.index("i^-0.5")
+    wanted = torch.arange(1.0, 41) ** -0.5
+    torch.testing.assert_close(torch.linalg.svdvals(gradients[index]), wanted, rtol=1e-4, atol=1e-5)
+    summed = sum(sample["dy"][index].T @ sample["x"][index] for sample in samples)
+    torch.testing.assert_close(summed, gradients[index], rtol=1e-4, atol=1e-6)
 
 
 def test_a_sketch_as_wide_as_the_rank_keeps_all_whitened_directions():

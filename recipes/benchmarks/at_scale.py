@@ -8,8 +8,8 @@ Nothing runs on many processes here, and a second look (`min_energy_kept`) is le
 collectives follow from the shapes of the layers; a test compares them with those of 2 and 4 real processes. Seconds
 follow from a latency and a bandwidth that you give: a ring all-reduce of n bytes takes `2 (N - 1) latency +
 2 (N - 1) / N n / bandwidth`, a broadcast `log2(N) latency + n / bandwidth`. Factorising takes what one core of a CPU
-took for a layer of 4096 x 4096, in proportion to its size: 65 ms for a turn and 190 ms for the last recovery
-(recipes/benchmarks/README.md). A GPU's figures are not known yet.
+took for a layer of 4096 x 4096 in bf16, in proportion to its size: 22 ms for a turn and 36 ms for the last recovery
+(recipes/benchmarks/README.md). A GPU's figures are not known yet: `--turn` and `--recover` take others.
 """
 
 import argparse
@@ -35,6 +35,7 @@ class Start:
         r: rank.
         samples: wanted of the probe.
         processes, micro_batch: rows that a round reads are their product.
+        turn, recover: seconds for a layer of 4096 x 4096.
     """
 
     shapes: list[Shape]
@@ -42,6 +43,8 @@ class Start:
     samples: int
     processes: int
     micro_batch: int = 1
+    turn: float = 0.022
+    recover: float = 0.036
 
     @property
     def k(self) -> int:
@@ -87,7 +90,7 @@ class Start:
 
     def seconds_of_factorising(self, shared: bool) -> float:
         size = lambda shape: sum(shape) / (4096 + 4096)
-        of_layer = lambda shape: size(shape) * (0.065 * self.turns + 0.19)
+        of_layer = lambda shape: size(shape) * (self.turn * self.turns + self.recover)
         size_of_share = self.processes if shared else 1
         return max(sum(map(of_layer, self.shapes[owner::size_of_share])) for owner in range(size_of_share))
 
@@ -111,11 +114,13 @@ def main() -> None:
     parser.add_argument("--micro_batch", type=int, default=1)
     parser.add_argument("--latency", type=float, default=2e-5, help="seconds from one process to the next")
     parser.add_argument("--gigabytes_a_second", type=float, default=25.0, help="of each process's link")
+    parser.add_argument("--turn", type=float, default=Start.turn, help="seconds, for a layer of 4096 x 4096")
+    parser.add_argument("--recover", type=float, default=Start.recover, help="the same")
     args = parser.parse_args()
     count, block = BLOCKS[args.model]
     rows = []
     for processes in args.processes:
-        start = Start(block * count, args.rank, args.samples, processes, args.micro_batch)
+        start = Start(block * count, args.rank, args.samples, processes, args.micro_batch, args.turn, args.recover)
         sent = start.seconds_of_collectives(args.latency, 1e9 * args.gigabytes_a_second)
         looked = processes * args.micro_batch > args.samples / 4
         rows.append(
