@@ -87,6 +87,20 @@ def test_muon_steps_along_the_polar_factor_of_its_momentum(tmp_path: Path) -> No
             torch.testing.assert_close(lengths, torch.ones(3).double(), atol=1e-8, rtol=0)
 
 
+def test_torchs_muon_takes_a_fifth_of_that_step_nearly(tmp_path: Path) -> None:
+    """Its five Newton-Schulz iterations leave singular values between .6 and 1.3 where the polar factor has 1."""
+    watch, _ = walked(tmp_path, "torch_muon")
+    for name in watch.steps[0]:
+        for side, turn in ((0, lambda M: M), (1, lambda M: M.T)):
+            directions = nesterov(watch.gradients(name, side), 0.95)
+            for move, M in list(zip(watch.moves(name, side), directions, strict=False))[side == 0 :]:
+                n = turn(M).shape[1]
+                U = reference.polar_reference(turn(M))
+                along = turn(move) @ U.T / (0.01 * 0.2 * n**0.5)
+                assert torch.linalg.eigvalsh((along + along.T) / 2).min() > 0.6
+                assert torch.linalg.svdvals(turn(move) / (0.01 * 0.2 * n**0.5)).max() < 1.3
+
+
 def test_one_sided_soap_at_rank_one_is_adam(tmp_path: Path) -> None:
     watch, _ = walked(tmp_path, "soap", r=1)
     for name in watch.steps[0]:
