@@ -65,10 +65,11 @@ class LoRAGAConfig:
         rank_rule: How parameters are shared out among layers: a name of the registry `RULES`.
         find_learning_rate: Find the learning rate when training begins, from the loss along the optimizer's first
             updates. It replaces that of the training arguments. For losses that predict tokens.
-        correction: How the optimizer corrects the adapter's gradients (LoRA-Pro, arXiv 2407.18242). 'lora_pro': the
+        correction: What the optimizer does with the adapter's gradients (LoRA-Pro, arXiv 2407.18242). 'lora_pro': the
             optimizer of the training arguments, whichever it is, steps with corrected gradients. 'lora_pro_adamw':
             AdamW on the equivalent gradient of the full weight; it keeps two buffers of the size of every adapted
-            weight and wants a learning rate of full fine-tuning. Needs LoRAGATrainer or LoRAGAMixin.
+            weight and wants a learning rate of full fine-tuning. 'muon': torch's Muon on each factor, at a rate like
+            AdamW's (arXiv 2502.16982); not with init='lora_ga'. Needs LoRAGATrainer or LoRAGAMixin.
         lora_pro_state_dtype: Dtype of the moments that 'lora_pro_adamw' keeps: 'float32' or 'bfloat16'.
         lora_pro_offload_state: Keep the moments of 'lora_pro_adamw' in the host's memory.
         loraplus_lr_ratio: Use PEFT's LoRA+ optimizer: the learning rate of B is this many times that of A (arXiv

@@ -223,6 +223,8 @@ def main_part(engine: str, folder: Path) -> dict[str, Any]:
     if not engine.startswith("zero"):
         adamw = {"correction": "lora_pro_adamw", **exact}
         found["lora_pro_adamw"] = run("lora_pro_adamw", adamw, rows=rows, weight_decay=0.1, learning_rate=1e-4)
+        for name, config in (("muon", {"correction": "muon"}), ("riemannian", {"riemannian_reg": 1e-2})):
+            found[name] = run(name, {"init": "lora_one", **config, **exact}, rows=rows)
     return found
 
 
@@ -257,6 +259,7 @@ def refused(engine: str, folder: Path) -> dict[str, str]:
     if engine.startswith("zero"):
         tries["lora_pro_adamw"] = lambda: make({"correction": "lora_pro_adamw"})
         tries["ranks"] = lambda: make({"ranks": "auto"})
+        tries["muon"] = lambda: make({"init": "none", "correction": "muon"})
         tries["riemannian"] = lambda: make({"init": "none", "riemannian_reg": 1e-2})
     if engine == "fsdp2":
         last = str(folder / engine / "exact" / f"checkpoint-{STEPS}")

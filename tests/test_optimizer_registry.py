@@ -140,7 +140,7 @@ def test_without_the_entry_the_name_is_refused_with_those_that_are_there():
         LoRAGAConfig(correction="lora_plus")
 
 
-@pytest.mark.parametrize("name", ["none", "lora_pro", "lora_pro_adamw"])
+@pytest.mark.parametrize("name", ["none", "lora_pro", "lora_pro_adamw", "muon"])
 def test_the_help_lists_every_correction_with_its_source(name):
     (text,) = (a.help for a in HfArgumentParser(LoRAGAConfig)._actions if "--correction" in a.option_strings)
     assert f"{name!r} ({OPTIMIZERS[name].about})" in text
@@ -149,7 +149,7 @@ def test_the_help_lists_every_correction_with_its_source(name):
 def test_the_help_and_the_config_know_an_entry_while_it_is_there(entry):
     (text,) = (a.help for a in HfArgumentParser(LoRAGAConfig)._actions if "--correction" in a.option_strings)
     assert f"'sign_sgd' ({entry.about})" in text
-    with pytest.raises(ValueError, match=r"Choose one of none, lora_pro, lora_pro_adamw, sign_sgd"):
+    with pytest.raises(ValueError, match=r"Choose one of none, lora_pro, lora_pro_adamw, muon, sign_sgd"):
         LoRAGAConfig(correction="sgd")
 
 

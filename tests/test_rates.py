@@ -171,6 +171,7 @@ CASES = {
     "lora_plus": ({"init": "none", "loraplus_lr_ratio": 4.0}, {}),
     "lora_pro": ({"correction": "lora_pro"}, {}),
     "lora_pro_adamw": ({"correction": "lora_pro_adamw"}, {}),
+    "muon": ({"init": "none", "correction": "muon"}, {}),
     "sgd": ({}, {"optim": "sgd"}),
     "accumulation": ({}, {"gradient_accumulation_steps": 2}),
     "constant": ({}, {"lr_scheduler_type": "constant", "warmup_steps": 0}),

@@ -82,8 +82,8 @@ def require_adamw(trainer: Trainer, setting: str) -> None:
     if trainer.args.optim in _ADAMW if chosen is None else chosen[0] is torch.optim.AdamW:
         return
     raise ValueError(
-        f"{setting} is an AdamW of its own, and the arguments ask for optim={trainer.args.optim.value!r} or another "
-        "optimizer class. Set optim='adamw_torch', or use correction='lora_pro', which wraps any of them."
+        f"{setting} is an optimizer of its own, and the arguments ask for optim={trainer.args.optim.value!r} or "
+        "another optimizer class. Set optim='adamw_torch', or use correction='lora_pro', which wraps any of them."
     )
 
 
@@ -103,30 +103,75 @@ def make_lora_plus(request: BuildRequest) -> Optimizer:
 def make_riemannian(request: BuildRequest) -> Optimizer:
     """Hand over to PEFT's Riemannian preconditioning (arXiv 2402.02347)."""
     optimizer_class, options, lr, decay = _plain_choice(request)
+    _require_plain_factors(request, "whose factors PEFT's optimizer leaves without preconditioning")
+    options.setdefault("weight_decay", decay)
+    reg = request.options["riemannian_reg"]
+    return create_riemannian_optimizer(request.model, optimizer_class, lr=lr, reg=reg, **options)
+
+
+def require_muon(trainer: Trainer, setting: str) -> None:
+    """
+    Refuse a torch without Muon, and training arguments that ask for another optimizer than AdamW.
+
+    Raises:
+        `ValueError`: naming the setting and what is missing or asked for.
+    """
+    if not hasattr(torch.optim, "Muon"):
+        raise ValueError(
+            f"{setting} is torch.optim.Muon, which torch {torch.__version__} lacks. Use torch 2.9 or later."
+        )
+    require_adamw(trainer, setting)
+
+
+def make_muon(request: BuildRequest) -> Optimizer:
+    """
+    Make torch's Muon, for factors alone.
+
+    Its steps are as long as those that AdamW mostly takes at the same rate: entries of size .2 in the mean (arXiv
+    2502.16982, section 2.2). Weight decay acts where the Trainer's would.
+    """
+    _require_plain_factors(request, "whose factors are no matrices that gradients act on")
+    trainer, model = request.trainer, request.model
+    factors = {id(factor) for layer in find_adapted_layers(model) for factor in (layer.stored_A, layer.stored_B)}
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    others = [name for name, parameter in trained.items() if id(parameter) not in factors]
+    if others:
+        raise ValueError(
+            f"{request.setting}: {others[0]} is trained and is no LoRA factor, which Muon is not meant for. Freeze it "
+            f"(`modules_to_save`, `bias`, `use_dora`), or train without {request.setting}."
+        )
+    decaying = set(trainer.get_decay_parameter_names(model))
+    decay = {name: trainer.args.weight_decay if name in decaying else 0.0 for name in trained}
+    groups = [
+        {"params": [trained[name] for name in trained if decay[name] == value], "weight_decay": value}
+        for value in sorted(set(decay.values()))
+    ]
+    return torch.optim.Muon(groups, lr=trainer.args.learning_rate, adjust_lr_fn="match_rms_adamw")
+
+
+def _require_plain_factors(request: BuildRequest, why: str) -> None:
+    """Refuse factors that an optimizer can't take as the matrices `A (r, in)` and `B (out, r)` of one weight."""
     layers = find_adapted_layers(request.model)
     bare = [layer.name for layer in layers if isinstance(layer, AdaptedExperts)]
     if bare:
         raise ValueError(
             f"{request.setting}: {bare[0]} is a parameter of `target_parameters`, whose stored factors mix the ranks "
-            "of all experts. Leave it out, or leave riemannian_reg unset."
+            f"of all experts. Leave it out, or train without {request.setting}."
         )
     others = [
         layer.name for layer in layers if type(layer) is not AdaptedLayer and not isinstance(layer, AdaptedParameter)
     ]
     if others:
         raise ValueError(
-            f"{request.setting}: {others[0]} is a convolution or an embedding, whose factors PEFT's optimizer leaves "
-            "without preconditioning. Leave it out of `target_modules`, or leave riemannian_reg unset."
+            f"{request.setting}: {others[0]} is a convolution or an embedding, {why}. Leave it out of "
+            f"`target_modules`, or train without {request.setting}."
         )
     anchored = sorted(anchored_parameter_names(request.model))
     if anchored:
         raise ValueError(
-            f"{request.setting}: {anchored[0]} is stored in delta form, whose Gram matrix is not that of the factor. "
+            f"{request.setting}: {anchored[0]} is stored in delta form, and a step of it is none of the factor. "
             "Use correction='lora_pro', which reads the factors from it."
         )
-    options.setdefault("weight_decay", decay)
-    reg = request.options["riemannian_reg"]
-    return create_riemannian_optimizer(request.model, optimizer_class, lr=lr, reg=reg, **options)
 
 
 def _plain_choice(request: BuildRequest) -> tuple[type[Optimizer], dict[str, Any], float, float]:

@@ -11,13 +11,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from ..maths.lora_pro import GramEigen
 from .adamw import LoRAProAdamW
 from .batches import PairBatch, correct_batch
-from .builders import BuildRequest, make_lora_plus, make_lora_pro_adamw, make_riemannian, require_adamw, wrap_lora_pro
+from .builders import (
+    BuildRequest,
+    make_lora_plus,
+    make_lora_pro_adamw,
+    make_muon,
+    make_riemannian,
+    require_adamw,
+    require_muon,
+    wrap_lora_pro,
+)
 from .wrapper import LoRAProOptimizer
 
 
@@ -119,6 +129,13 @@ OPTIMIZERS = {
         decays_net_update=True,
         steps_weight=True,
         check=require_adamw,
+    ),
+    "muon": OptimizerEntry(
+        "torch's Muon on each factor, with steps as long as AdamW's, arXiv 2502.16982",
+        build=make_muon,
+        kind=getattr(torch.optim, "Muon", None),  # from torch 2.9 on; `check` says so before
+        not_anchored="whose factors are stored in delta form, and Muon steps along a whole factor. Use another init.",
+        check=require_muon,
     ),
     "lora_plus": OptimizerEntry(
         "PEFT's LoRA+, arXiv 2402.12354",
