@@ -65,6 +65,8 @@ CELLS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "plain, B alone": ({"init": "none", "train_A": False}, {}),
     "plain, r = 2, alpha = 64": ({"init": "none"}, {"r": 2, "lora_alpha": 64}),
     "plain, r = 64": ({"init": "none"}, {"r": 64}),
+    "plain, r = 64, alpha = 128": ({"init": "none"}, {"r": 64, "lora_alpha": 128}),
+    "plain + muon, r = 64, alpha = 128": ({"init": "none", "correction": "muon"}, {"r": 64, "lora_alpha": 128}),
     "directions, whitened": ({"init": "gradient_directions", "whitening": 0.5}, {}),
     "lora_ga + lora_pro": ({"init": "lora_ga", "correction": "lora_pro"}, {}),
     "plain + lora_pro_adamw": ({"init": "none", "correction": "lora_pro_adamw"}, {}),
