@@ -66,6 +66,7 @@ CELLS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "plain, r = 2, alpha = 64": ({"init": "none"}, {"r": 2, "lora_alpha": 64}),
     "plain, r = 64": ({"init": "none"}, {"r": 64}),
     "plain, r = 64, alpha = 128": ({"init": "none"}, {"r": 64, "lora_alpha": 128}),
+    "plain + muon": ({"init": "none", "correction": "muon"}, {}),
     "plain + muon, r = 64, alpha = 128": ({"init": "none", "correction": "muon"}, {"r": 64, "lora_alpha": 128}),
     "directions, whitened": ({"init": "gradient_directions", "whitening": 0.5}, {}),
     "lora_ga + lora_pro": ({"init": "lora_ga", "correction": "lora_pro"}, {}),
