@@ -232,6 +232,20 @@ def test_the_rate_is_that_share_of_the_best_on_the_line_it_reports(ratio, share,
     assert report.samples == 8
 
 
+@pytest.mark.parametrize("correction", ["muon", "lora_pro", "lora_pro_adamw", "sgd"])
+def test_the_share_is_that_of_the_optimizer(correction, tmp_path, caplog):
+    """Muon's own; that of AdamW around which LoRA-Pro is; and of others AdamW's, with a warning."""
+    config = {"init": "none", "correction": "none" if correction == "sgd" else correction}
+    changes = {"optim": "sgd"} if correction == "sgd" else {}
+    report = find_learning_rate(make_trainer(tmp_path, config, **changes))
+    losses = dict(zip(report.rates, report.losses, strict=True))
+    share = 0.2 if correction == "muon" else 0.9
+    assert report.learning_rate == pytest.approx(share * best_rate(losses), rel=1e-12)
+    said = [record.message for record in caplog.records if "was measured with AdamW and with Muon" in record.message]
+    assert len(said) == (correction == "sgd")
+    assert all("For SGD it is taken" in message for message in said)
+
+
 def test_with_the_callback_alone_it_is_the_same_rate(tmp_path):
     trainer = Trainer(
         tiny.with_lora(tiny.llama(), lora_dropout=0.1),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import warnings
 import weakref
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 from transformers import Trainer
 
 from ..config import LoRAGAConfig
@@ -30,6 +32,8 @@ from .updates import FirstUpdates
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
+logger = logging.getLogger(__name__)
+
 REPORT_NAME = "lora_ga_rate.json"
 PICTURE_NAME = "train/lora_ga/rate"
 
@@ -39,6 +43,8 @@ UPDATES = 2
 # of training is a larger share, the more so the larger its ratio. Both numbers were chosen on one task and judged on
 # another: docs/rates.md.
 SHARE_OF_BEST, GROWTH_WITH_RATIO = 0.9, 1 / 8
+# A step of Muon is as long in every direction. The loss bears two such steps for far longer than the many of a training.
+SHARE_WITH_MUON = 0.2
 # Where the search begins: the largest change of an entry in a step.
 _GUESS = 1e-2
 
@@ -78,7 +84,7 @@ def search_learning_rate(trainer: Trainer, config: LoRAGAConfig, probe_dataset: 
             ) from error
     largest, best = largest_rate(losses, before), best_rate(losses)
     return RateReport(
-        learning_rate=share_of_best(config.loraplus_lr_ratio) * best,
+        learning_rate=share_of_best(updates.optimizer, config.loraplus_lr_ratio) * best,
         best_rate=best,
         largest_rate=largest,
         curvature=2 / largest,
@@ -93,8 +99,25 @@ def search_learning_rate(trainer: Trainer, config: LoRAGAConfig, probe_dataset: 
     )
 
 
-def share_of_best(ratio: float | None) -> float:
-    """Return the share for LoRA+'s `ratio` of the rates of B and A; below 1, which was not measured, as without it."""
+def share_of_best(optimizer: Optimizer, ratio: float | None = None) -> float:
+    """
+    Return the share of the best rate along the first updates that training takes.
+
+    Args:
+        optimizer: that steps, without what is around it. Of one that is neither Adam nor Muon a warning says that its
+            share was not measured.
+        ratio: of LoRA+, of the rates of B and A. Below 1, which was not measured, it is as without one.
+    """
+    name = type(optimizer).__name__
+    if name == "Muon":
+        return SHARE_WITH_MUON
+    if "adam" not in name.lower():
+        logger.warning(
+            "find_learning_rate: what share of the best rate along the first updates training wants was measured with "
+            "AdamW and with Muon. For %s it is taken to be that of AdamW, %g. Compare with rates of your own.",
+            name,
+            SHARE_OF_BEST,
+        )
     return SHARE_OF_BEST * max(1.0, ratio or 1.0) ** GROWTH_WITH_RATIO
 
 

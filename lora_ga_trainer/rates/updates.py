@@ -118,6 +118,11 @@ class FirstUpdates:
     def _changes(self) -> list[Tensor]:
         return [value.detach() - start for value, start in zip(self.copies.values, self.start, strict=True)]
 
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer that took them, without what corrects its gradients."""
+        return _innermost(self._optimizer.optimizer)
+
     @torch.no_grad()
     def go(self, rate: float) -> None:
         """Let the copies hold what one step at a rate leads to; at 0 that is the start."""
@@ -189,6 +194,11 @@ def _copy_with(own: Optimizer, shared: dict[int, Any]) -> Optimizer:
         else:
             vars(twin)[name] = copy.deepcopy(value, shared)
     return twin
+
+
+def _innermost(optimizer: Optimizer) -> Optimizer:
+    inner = [value for value in vars(optimizer).values() if isinstance(value, Optimizer)]
+    return _innermost(inner[0]) if inner else optimizer
 
 
 def _make_anew(trainer: Trainer, chosen: ChosenOptimizer) -> Optimizer:
