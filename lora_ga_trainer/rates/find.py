@@ -43,7 +43,7 @@ UPDATES = 2
 # of training is a larger share, the more so the larger its ratio. Both numbers were chosen on one task and judged on
 # another: docs/rates.md.
 SHARE_OF_BEST, GROWTH_WITH_RATIO = 0.9, 1 / 8
-# A step of Muon is as long in every direction. The loss bears two such steps for far longer than the many of a training.
+# A step of Muon is as long in every direction. The loss bears two of them for far longer than the many of a training.
 SHARE_WITH_MUON = 0.2
 # Where the search begins: the largest change of an entry in a step.
 _GUESS = 1e-2
