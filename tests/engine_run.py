@@ -223,7 +223,10 @@ def main_part(engine: str, folder: Path) -> dict[str, Any]:
     if not engine.startswith("zero"):
         adamw = {"correction": "lora_pro_adamw", **exact}
         found["lora_pro_adamw"] = run("lora_pro_adamw", adamw, rows=rows, weight_decay=0.1, learning_rate=1e-4)
-        for name, config in (("muon", {"correction": "muon"}), ("riemannian", {"riemannian_reg": 1e-2})):
+        others = {"riemannian": {"riemannian_reg": 1e-2}}
+        if hasattr(torch.optim, "Muon"):
+            others["muon"] = {"correction": "muon"}
+        for name, config in others.items():
             found[name] = run(name, {"init": "lora_one", **config, **exact}, rows=rows)
     return found
 

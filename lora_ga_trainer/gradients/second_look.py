@@ -1,10 +1,10 @@
 """
 A second look at the layers whose sketch has kept too little: one more pass over the same samples, for them alone.
 
-It keeps their whole gradients, the worst layers first, as long as all that it holds is at most eight times what the
-first pass held for all layers. Such a gradient is exact. For the others the directions that the first pass found are
-the test matrices, all 2k of them, which is one step of a power iteration. The backward passes cost as much as those of
-the first pass, for one layer as for all.
+It keeps their whole gradients in fp32, the worst layers first, as long as all that it holds takes at most eight times
+the bytes that the first pass took for all layers. Such a gradient is exact. For the others the directions that the
+first pass found are the test matrices, all 2k of them, which is one step of a power iteration. The backward passes
+cost as much as those of the first pass, for one layer as for all.
 
 Energy of the best directions 1 to 4 and 5 to 8 that a sketch keeps, of the worse side, of made gradients of
 1024 x 1024 with r = 4, k = 32 and 64 samples, one seed. (The second look takes the whole gradients here.)
@@ -26,6 +26,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -53,9 +54,9 @@ logger = logging.getLogger(__name__)
 _SEEDS = 4
 # How far the mean losses of the two passes may differ by rounding.
 _ROUNDING = 0.01
-# How many numbers the second look may hold for each that the first pass held. A whole gradient takes 6.4 for each of
-# its sketch at 1024 x 1024 and r = 4, 7.1 at 2048 x 2048 and r = 8, and 14.2 at 4096 x 4096: if all of these fail, the
-# worse half is kept whole, which is less than two thirds of all gradients.
+# How many bytes the second look may take for each that the first pass took. A whole gradient in fp32 takes 5.3 for
+# each of its sketch at 1024 x 1024 and r = 4, 6.4 at 2048 x 2048 and r = 8, and 12.8 at 4096 x 4096; twice as many
+# where the sketch is in bf16. Where all of the last ones fail, the worse half is kept whole: 62% of all gradients.
 _ROOM = 8
 # Shares go from process to process as integers.
 _MILLION = 1_000_000
@@ -98,7 +99,9 @@ def find_short(
         for layer in mine
     }
     # Rounded up, so that what passes here passes everywhere; the owner of a layer is the only one to say less than 1.
-    codes = gather_integers(trainer, *(math.ceil(_MILLION * kept.get(layer.name, 1.0)) for layer in sketched))
+    # What is NaN fails.
+    shares = [kept.get(layer.name, 1.0) for layer in sketched]
+    codes = gather_integers(trainer, *(0 if math.isnan(share) else math.ceil(_MILLION * share) for share in shares))
     lowest = {layer.name: min(code) for layer, code in zip(sketched, zip(*codes, strict=True), strict=True)}
     short = [layer for layer in sketched if lowest[layer.name] < _MILLION * least]
     short.sort(key=lambda layer: lowest[layer.name])
@@ -114,20 +117,26 @@ def kept_whole(layers: Sequence[AdaptedLayer], estimate: GradientEstimate) -> se
     First those for which a sketch of 2k columns is not worth it, see [`is_sketched`]; then as many of the others, in
     their order, as there is room for.
     """
-    numbers = {name: sum(part.numel() for part in e.held()) for name, e in estimate.estimators.items()}
+    taken = {name: _bytes_of(estimator) for name, estimator in estimate.estimators.items()}
     # A sketch of 2k columns takes at most twice as much as one of k.
-    room = _ROOM * sum(numbers.values()) - 2 * sum(numbers[name] for layer in layers for name in layer.matrices)
+    room = _ROOM * sum(taken.values()) - 2 * sum(taken[name] for layer in layers for name in layer.matrices)
     whole: set[str] = set()
     worth_sketching = {
         layer.name: all(is_sketched(layer.shape, 2 * estimate.estimators[name].directions) for name in layer.matrices)
         for layer in layers
     }
     for layer in sorted(layers, key=lambda layer: worth_sketching[layer.name]):
-        more = sum(math.prod(layer.shape) - 2 * numbers[name] for name in layer.matrices)
+        more = sum(4 * math.prod(layer.shape) - 2 * taken[name] for name in layer.matrices)
         if more <= room or not worth_sketching[layer.name]:
             whole.add(layer.name)
             room -= more
     return whole
+
+
+def _bytes_of(estimator: Accumulator) -> int:
+    """Count what an accumulator holds, on every process alike: `dtype` is that of all, what is held may be wider."""
+    narrow = estimator.sketched and estimator.dtype is torch.bfloat16
+    return sum(part.numel() for part in estimator.held()) * (2 if narrow else 4)
 
 
 def look_again(

@@ -128,17 +128,17 @@ def make_muon(request: BuildRequest) -> Optimizer:
     Make torch's Muon, for factors alone.
 
     Its steps are as long as those that AdamW mostly takes at the same rate: entries of size .2 in the mean (arXiv
-    2502.16982, section 2.2). Weight decay acts where the Trainer's would.
+    2502.16982, section 2.2). Weight decay acts where the Trainer's would. Adam's betas and `optim_args` are not read.
     """
-    _require_plain_factors(request, "whose factors are no matrices that gradients act on")
+    _require_plain_factors(request, "whose factors Muon is not meant for")
     trainer, model = request.trainer, request.model
     factors = {id(factor) for layer in find_adapted_layers(model) for factor in (layer.stored_A, layer.stored_B)}
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     others = [name for name, parameter in trained.items() if id(parameter) not in factors]
     if others:
         raise ValueError(
-            f"{request.setting}: {others[0]} is trained and is no LoRA factor, which Muon is not meant for. Freeze it "
-            f"(`modules_to_save`, `bias`, `use_dora`), or train without {request.setting}."
+            f"{request.setting}: {others[0]} is trained and is no LoRA factor of the active adapter, and Muon is for "
+            f"these alone. Freeze it (`modules_to_save`, `bias`, `use_dora`), or train without {request.setting}."
         )
     decaying = set(trainer.get_decay_parameter_names(model))
     decay = {name: trainer.args.weight_decay if name in decaying else 0.0 for name in trained}

@@ -22,6 +22,7 @@ from ..gradients.copies import TrainedCopies
 from ..gradients.failing import failing_together
 from ..gradients.order import probe_order
 from ..gradients.samples import MicroBatch, count_items, mean_loss, micro_batches
+from ..optimizers.adamw import LoRAProAdamW
 from ..starts.tracking import publish
 from .apply import apply_rate, require_rate_can_be_found, resumed_rate
 from .report import RateReport
@@ -45,6 +46,7 @@ UPDATES = 2
 SHARE_OF_BEST, GROWTH_WITH_RATIO = 0.9, 1 / 8
 # A step of Muon is as long in every direction. The loss bears two of them for far longer than the many of a training.
 SHARE_WITH_MUON = 0.2
+_MEASURED = (torch.optim.Adam, torch.optim.AdamW, LoRAProAdamW)
 # Where the search begins: the largest change of an entry in a step.
 _GUESS = 1e-2
 
@@ -104,18 +106,18 @@ def share_of_best(optimizer: Optimizer, ratio: float | None = None) -> float:
     Return the share of the best rate along the first updates that training takes.
 
     Args:
-        optimizer: that steps, without what is around it. Of one that is neither Adam nor Muon a warning says that its
-            share was not measured.
+        optimizer: that steps, without what is around it. Of one that is neither torch's Adam, AdamW or Muon nor
+            LoRA-Pro's AdamW a warning says that its share was not measured.
         ratio: of LoRA+, of the rates of B and A. Below 1, which was not measured, it is as without one.
     """
-    name = type(optimizer).__name__
-    if name == "Muon":
+    muon = getattr(torch.optim, "Muon", None)  # from torch 2.9 on
+    if muon is not None and isinstance(optimizer, muon):
         return SHARE_WITH_MUON
-    if "adam" not in name.lower():
+    if not isinstance(optimizer, _MEASURED):
         logger.warning(
             "find_learning_rate: what share of the best rate along the first updates training wants was measured with "
             "AdamW and with Muon. For %s it is taken to be that of AdamW, %g. Compare with rates of your own.",
-            name,
+            type(optimizer).__name__,
             SHARE_OF_BEST,
         )
     return SHARE_OF_BEST * max(1.0, ratio or 1.0) ** GROWTH_WITH_RATIO

@@ -228,6 +228,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of a fresh classification head")
     parser.add_argument("--output", help="a JSON file for the figures of every layer")
     args = parser.parse_args()
+    if min(args.counts) > args.samples:
+        parser.error(f"--counts {args.counts}: a count must be at most --samples {args.samples}")
     if args.file is None and args.model != "random1024":
         parser.error(f"--file: {args.model} needs a file of samples")
     torch.manual_seed(args.seed)
