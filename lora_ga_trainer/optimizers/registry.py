@@ -134,7 +134,8 @@ OPTIMIZERS = {
         "torch's Muon on each factor, with steps as long as AdamW's, arXiv 2502.16982",
         build=make_muon,
         kind=getattr(torch.optim, "Muon", None),  # from torch 2.9 on; `check` says so before
-        not_anchored="whose factors are stored in delta form, and Muon steps along a whole factor. Use init='none' or init='lora_one'.",
+        not_anchored="whose factors are stored in delta form, and Muon steps along a whole factor. Use init='none' or "
+        "init='lora_one'.",
         check=require_muon,
     ),
     "lora_plus": OptimizerEntry(
