@@ -64,6 +64,7 @@ CELLS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "lora_plus, ratio 4": ({"init": "none", "loraplus_lr_ratio": 4.0}, {}),
     "plain, B alone": ({"init": "none", "train_A": False}, {}),
     "plain, r = 2, alpha = 64": ({"init": "none"}, {"r": 2, "lora_alpha": 64}),
+    "plain, r = 16, alpha = 32": ({"init": "none"}, {"r": 16, "lora_alpha": 32}),
     "plain, r = 64": ({"init": "none"}, {"r": 64}),
     "plain, r = 64, alpha = 128": ({"init": "none"}, {"r": 64, "lora_alpha": 128}),
     "plain + muon": ({"init": "none", "correction": "muon"}, {}),
