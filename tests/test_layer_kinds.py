@@ -173,7 +173,7 @@ def test_sketches_are_products_with_the_gradient(parts: bool, tmp_path: Any, mon
     generator = torch.Generator().manual_seed(2)
     data = [{"x": torch.randn(8, 6, 6, generator=generator), "labels": i % 4} for i in range(9)]
     trainer = in_order(data, tmp_path, tiny.with_lora(Wide(), r=1, target_modules=["first", "second"]))
-    config = LoRAGAConfig(num_samples=9, sketch_size=2, probe_order="train")
+    config = LoRAGAConfig(num_samples=9, sketch_size=2, min_energy_kept=None, probe_order="train")
     estimators = estimate_gradients(trainer, config).estimators
     model = Wide().double()
     x, labels = torch.stack([row["x"] for row in data]).double(), torch.tensor([row["labels"] for row in data])

@@ -502,7 +502,7 @@ def test_no_test_matrix_outlives_the_probe(tmp_path: Any) -> None:
     from lora_ga_trainer.gradients import accumulator as sketch
 
     trainer = in_order(tiny.causal_rows(8), tmp_path, tiny.with_lora(tiny.llama(), r=1))
-    estimate = estimate_gradients(trainer, LoRAGAConfig(num_samples=8, sketch_size=2))
+    estimate = estimate_gradients(trainer, LoRAGAConfig(num_samples=8, sketch_size=2, min_energy_kept=None))
     assert any(estimator.sketched for estimator in estimate.estimators.values())
     assert sketch.gaussian.cache_info().currsize == 0
     assert sketch.cast.cache_info().currsize == 0
