@@ -73,7 +73,7 @@ def nesterov(gradients: list[Tensor], momentum: float) -> list[Tensor]:
 
 
 def test_muon_steps_along_the_polar_factor_of_its_momentum(tmp_path: Path) -> None:
-    watch, _ = walked(tmp_path, "muon")
+    watch, _ = walked(tmp_path, "exact_muon")
     for name in watch.steps[0]:
         for side, turn in ((0, lambda M: M), (1, lambda M: M.T)):
             found = watch.moves(name, side)
@@ -88,9 +88,9 @@ def test_muon_steps_along_the_polar_factor_of_its_momentum(tmp_path: Path) -> No
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason=f"torch {torch.__version__} has no Muon")
-def test_torchs_muon_takes_a_fifth_of_that_step_nearly(tmp_path: Path) -> None:
+def test_the_packages_muon_takes_a_fifth_of_that_step_nearly(tmp_path: Path) -> None:
     """Its five Newton-Schulz iterations leave singular values between .6 and 1.3 where the polar factor has 1."""
-    watch, _ = walked(tmp_path, "torch_muon")
+    watch, _ = walked(tmp_path, "muon")
     for name in watch.steps[0]:
         for side, turn in ((0, lambda M: M), (1, lambda M: M.T)):
             directions = nesterov(watch.gradients(name, side), 0.95)
@@ -172,7 +172,7 @@ def test_a_step_of_factors_refuses_what_else_is_trained() -> None:
     model = tiny.with_lora(tiny.llama())
     model.get_base_model().lm_head.weight.requires_grad_(True)
     with pytest.raises(ValueError, match=r"Muon: .*lm_head\.weight is trained and not a factor"):
-        factor_steps.Muon(model, lr=0.1)
+        factor_steps.ExactMuon(model, lr=0.1)
 
 
 def test_the_study_finds_a_rate_with_worse_ones_beside_it_and_trains_nothing_twice(

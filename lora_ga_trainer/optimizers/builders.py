@@ -127,8 +127,9 @@ def make_muon(request: BuildRequest) -> Optimizer:
     """
     Make torch's Muon, for factors alone.
 
-    Its steps are as long as those that AdamW mostly takes at the same rate: entries of size .2 in the mean (arXiv
-    2502.16982, section 2.2). Weight decay acts where the Trainer's would. Adam's betas and `optim_args` are not read.
+    Its steps are as long as those that AdamW mostly takes at the same rate: their entries have a root mean square of
+    .2 (arXiv 2502.16982, section 2.2). Weight decay acts where the Trainer's would. Adam's betas and `optim_args` are
+    not read.
     """
     _require_plain_factors(request, "whose factors Muon is not meant for")
     trainer, model = request.trainer, request.model

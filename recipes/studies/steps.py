@@ -6,8 +6,8 @@ Ask whether another step of the factors needs fewer of them than AdamW's.
 A byte-level Llama learns a text (see byte_model.py) from plain LoRA's start, alpha = 2r, with each optimizer:
 
 * `adamw`, and `lora_plus`: the same with a rate of B that is 16 times that of A;
-* `muon`, `torch_muon`, `soap`, `polora`: see factor_steps.py;
-* `lora_pro`, `lora_pro_adamw`: the package's own.
+* `exact_muon`, `soap`, `polora`: see factor_steps.py;
+* `muon`, `lora_pro`, `lora_pro_adamw`: the package's own.
 
 The rate is swept on seed 0 until the best one has worse ones on either side. It and its neighbours are run on all
 seeds, and the best mean counts. Seeds fix the data order and the random `A0`, so differences are paired. Printed are
@@ -37,8 +37,8 @@ from lora_ga_trainer import OPTIMIZERS, LoRAGAConfig, LoRAGATrainer
 ARMS = {
     "adamw": ({}, 1e-2),
     "lora_plus": ({"loraplus_lr_ratio": 16.0}, 3e-3),
-    "muon": ({"correction": "muon"}, 3e-3),
-    "torch_muon": ({"correction": "torch_muon"}, 1e-2),
+    "muon": ({"correction": "muon"}, 1e-2),
+    "exact_muon": ({"correction": "exact_muon"}, 3e-3),
     "soap": ({"correction": "soap"}, 1e-2),
     "polora": ({"correction": "polora"}, 1e-1),
     "lora_pro": ({"correction": "lora_pro"}, 1e-2),
