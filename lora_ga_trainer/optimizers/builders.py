@@ -125,29 +125,25 @@ def require_muon(trainer: Trainer, setting: str) -> None:
 
 def make_muon(request: BuildRequest) -> Optimizer:
     """
-    Make torch's Muon, for factors alone.
+    Let torch's Muon take over the groups of an AdamW that has not stepped, for factors alone.
 
     Its steps are as long as those that AdamW mostly takes at the same rate: their entries have a root mean square of
-    .2 (arXiv 2502.16982, section 2.2). Weight decay acts where the Trainer's would. Adam's betas and `optim_args` are
-    not read.
+    .2 (arXiv 2502.16982, section 2.2). Rates and weight decay are those of the groups. Adam's betas and `optim_args`
+    are not read.
     """
     _require_plain_factors(request, "whose factors Muon is not meant for")
-    trainer, model = request.trainer, request.model
-    factors = {id(factor) for layer in find_adapted_layers(model) for factor in (layer.stored_A, layer.stored_B)}
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    layers = find_adapted_layers(request.model)
+    factors = {id(factor) for layer in layers for factor in (layer.stored_A, layer.stored_B)}
+    trained = {name: parameter for name, parameter in request.model.named_parameters() if parameter.requires_grad}
     others = [name for name, parameter in trained.items() if id(parameter) not in factors]
     if others:
         raise ValueError(
             f"{request.setting}: {others[0]} is trained and is no LoRA factor of the active adapter, and Muon is for "
             f"these alone. Freeze it (`modules_to_save`, `bias`, `use_dora`), or train without {request.setting}."
         )
-    decaying = set(trainer.get_decay_parameter_names(model))
-    decay = {name: trainer.args.weight_decay if name in decaying else 0.0 for name in trained}
-    groups = [
-        {"params": [trained[name] for name in trained if decay[name] == value], "weight_decay": value}
-        for value in sorted(set(decay.values()))
-    ]
-    return torch.optim.Muon(groups, lr=trainer.args.learning_rate, adjust_lr_fn="match_rms_adamw")
+    plain = request.create()
+    groups = [{key: group[key] for key in ("params", "lr", "weight_decay")} for group in plain.param_groups]
+    return torch.optim.Muon(groups, lr=plain.defaults["lr"], adjust_lr_fn="match_rms_adamw")
 
 
 def _require_plain_factors(request: BuildRequest, why: str) -> None:
